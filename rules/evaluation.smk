@@ -104,12 +104,13 @@ rule parse_judgements:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.no_settings,
+        settings=flow.parse_judgements,
         code=code("parse_judgements"),
     message:
         "Parse the judgements of {wildcards.policy}, setting {wildcards.setting}"
     shell:
-        "python scripts/parse_judgements.py --answers {input.answers} --out {output.judgements} --failed {output.failed} 2> {log}"
+        "python scripts/parse_judgements.py --answers {input.answers} --settings {params.settings:q}"
+        " --out {output.judgements} --failed {output.failed} 2> {log}"
 
 
 rule compute_win_rates:
@@ -212,6 +213,9 @@ use rule parse_judgements as parse_checkpoint with:
         failed=flow.results("09_judgements/{policy}/checkpoint-{checkpoint}.failed.jsonl"),
     log:
         flow.logs("parse_checkpoint/{policy}.{checkpoint}.log"),
+    params:
+        settings=flow.parse_checkpoint,
+        code=code("parse_judgements"),
     message:
         "Parse the judgements of checkpoint {wildcards.checkpoint} of {wildcards.policy}"
 

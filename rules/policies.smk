@@ -75,7 +75,8 @@ rule rank_samples:
         "Rank the samples of {wildcards.policy}, iteration {wildcards.iteration}, by reward"
     shell:
         "python scripts/rank_samples.py --speeches {input.speeches} --samples {input.samples} --reward-weights {input.reward_model}"
-        " --settings {params.settings:q} --pairs {output.pairs} --rewards {output.rewards} --dropped {output.dropped} 2> {log}"
+        " --settings {params.settings:q} --reuse work/cache"
+        " --pairs {output.pairs} --rewards {output.rewards} --dropped {output.dropped} 2> {log}"
 
 
 rule train_policy:
@@ -103,7 +104,7 @@ rule train_policy:
         "Train {wildcards.policy}, iteration {wildcards.iteration}, by DPO"
     shell:
         "python scripts/train_policy.py --pairs {input.pairs} {params.start} --settings {params.settings:q} --resume-dir {params.resume}"
-        " --checkpoints {params.folder} --out {output.checkpoints} --log {output.log} 2> {log}"
+        " --reuse work/cache --checkpoints {params.folder} --out {output.checkpoints} --log {output.log} 2> {log}"
 
 
 rule select_checkpoint:
@@ -131,4 +132,4 @@ rule select_checkpoint:
         "Select the checkpoint of {wildcards.policy} on the dev pairs"
     shell:
         "python scripts/select_checkpoint.py --candidates {params.candidates} {params.weights} --dev {input.dev}"
-        " --settings {params.settings:q} --out {output.manifest} --scores {output.scores} 2> {log}"
+        " --settings {params.settings:q} --reuse work/cache --out {output.manifest} --scores {output.scores} 2> {log}"

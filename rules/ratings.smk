@@ -43,7 +43,7 @@ rule parse_ratings:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.principle_ids,
+        settings=flow.parse_ratings,
         code=code("parse_ratings"),
     message:
         "Parse the judge's answers"
@@ -64,7 +64,7 @@ rule score_responses:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.principle_ids,
+        settings=flow.score_responses,
         code=code("score_responses"),
     message:
         "Average the seven scores of each response"

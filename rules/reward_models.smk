@@ -26,7 +26,7 @@ rule train_reward_model:
         "Train the reward model {wildcards.reward_model}"
     shell:
         "python scripts/train_reward_model.py --pairs {input.pairs} --dev {input.dev} {params.weights} --settings {params.settings:q}"
-        " --resume-dir {params.checkpoints} --out {output.manifest} --log {output.log} 2> {log}"
+        " --resume-dir {params.checkpoints} --reuse work/cache --out {output.manifest} --log {output.log} 2> {log}"
 
 
 rule score_pairs:
@@ -51,7 +51,7 @@ rule score_pairs:
         "{wildcards.scorer} scores the test pairs"
     shell:
         "python scripts/score_pairs.py --pairs {input.pairs} {params.weights} --settings {params.settings:q}"
-        " --out {output.predictions} 2> {log}"
+        " --reuse work/cache --out {output.predictions} 2> {log}"
 
 
 use rule score_pairs as score_benchmark with:
@@ -62,6 +62,10 @@ use rule score_pairs as score_benchmark with:
         predictions=flow.results("06_reward_models/{scorer}/benchmark.predictions.jsonl"),
     log:
         flow.logs("score_benchmark/{scorer}.log"),
+    params:
+        settings=flow.score_benchmark,
+        code=code("score_pairs"),
+        weights=weights_option,
     message:
         "{wildcards.scorer} scores the general benchmark"
 

@@ -15,7 +15,7 @@ from psychocounsel.errors import UserError
 from psychocounsel.models import ModelSpec
 from psychocounsel.pairs import pair_record
 from psychocounsel.prompts import render
-from psychocounsel.stage import Settings, command_line, dropped_by_reason, stage
+from psychocounsel.stage import Settings, add_reuse_argument, command_line, dropped_by_reason, stage
 
 
 class RankSettings(Settings):
@@ -37,7 +37,11 @@ def main() -> None:
     parser.add_argument("--pairs", required=True, type=Path, help="pair records")
     parser.add_argument("--rewards", required=True, type=Path, help="reward records of all samples")
     parser.add_argument("--dropped", required=True, type=Path, help="speeches without a pair, with the reason")
+    add_reuse_argument(parser)
     with stage(parser) as run:
+        args = run.args
+        if run.adopts([args.speeches, args.samples, args.reward_weights], [args.pairs, args.rewards, args.dropped]):
+            return
         speeches = run.read(run.args.speeches, "speech")
         samples = run.read(run.args.samples, "response")
         unknown = {sample["speech_id"] for sample in samples} - {speech["speech_id"] for speech in speeches}

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from psychocounsel.models import ModelSpec
 from psychocounsel.records import content_hash
-from psychocounsel.stage import Settings, command_line, stage
+from psychocounsel.stage import Settings, add_reuse_argument, command_line, stage
 
 
 class ScoreSettings(Settings):
@@ -32,7 +32,10 @@ def main() -> None:
     parser.add_argument("--pairs", required=True, type=Path, help="pair records")
     parser.add_argument("--weights", type=Path, help="manifest of a trained reward model (default: the model's own weights, from the Hub)")
     parser.add_argument("--out", required=True, type=Path, help="prediction records")
+    add_reuse_argument(parser)
     with stage(parser) as run:
+        if run.adopts([run.args.pairs, run.args.weights], [run.args.out]):
+            return
         from psychocounsel.rewards import load_reward_model, load_tokenizer, pair_rewards, reward_rows
 
         spec = run.settings.model

@@ -14,7 +14,7 @@ from pydantic import Field
 from psychocounsel.errors import UserError
 from psychocounsel.model_folders import link_model
 from psychocounsel.models import ModelSpec
-from psychocounsel.stage import Settings, command_line, log, stage
+from psychocounsel.stage import Settings, add_reuse_argument, command_line, log, stage
 
 
 class SelectSettings(Settings):
@@ -33,7 +33,10 @@ def main() -> None:
     parser.add_argument("--dev", required=True, type=Path, help="pair records of the dev side")
     parser.add_argument("--out", required=True, type=Path, help="manifest of the chosen model")
     parser.add_argument("--scores", required=True, type=Path, help="JSON: accuracy and mean margin of each candidate")
+    add_reuse_argument(parser)
     with stage(parser) as run:
+        if run.adopts([run.args.dev, run.args.weights, *run.args.candidates], [run.args.out, run.args.scores]):
+            return
         from psychocounsel.rewards import load_language_model, load_tokenizer, pair_log_ratios, policy_rows
 
         spec = run.settings.model

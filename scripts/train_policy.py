@@ -17,9 +17,9 @@ from pydantic import Field
 from psychocounsel.errors import UserError
 from psychocounsel.model_folders import link_model
 from psychocounsel.models import ModelSpec
-from psychocounsel.recipes import PolicyRecipe, check_pairs, checkpoint_steps, optimizer_steps, training_order
+from psychocounsel.recipes import PolicyRecipe, check_pairs, checkpoint_steps, deepspeed_files, optimizer_steps, training_order
 from psychocounsel.records import file_sha256
-from psychocounsel.stage import Settings, command_line, stage
+from psychocounsel.stage import Settings, add_reuse_argument, command_line, stage
 
 
 class PolicySettings(Settings):
@@ -41,7 +41,13 @@ def main() -> None:
     parser.add_argument("--checkpoints", required=True, type=Path, help="folder of the checkpoints: 1/manifest.json, 2/manifest.json, …")
     parser.add_argument("--out", required=True, type=Path, help="JSON: the checkpoints with their steps and the sha256 of their manifests")
     parser.add_argument("--log", required=True, type=Path, help="JSON: loss, rewards/accuracies, rewards/margins, … by step")
+    add_reuse_argument(parser)
     with stage(parser) as run:
+        args = run.args
+        manifests = [args.checkpoints / str(number) / "manifest.json" for number in range(1, run.settings.checkpoints + 1)]
+        inputs = [*args.pairs, args.weights, args.reference, *deepspeed_files(run.settings.recipe)]
+        if run.adopts(inputs, [args.out, args.log, *manifests]):
+            return
         from transformers import AutoModelForCausalLM
         from trl import DPOConfig
 
@@ -76,8 +82,7 @@ def main() -> None:
             training.train(trainer, work, kept_after, first_loss=math.log(2) if same_model(weights, reference) else None)
         training.first_process_only()
         listed = []
-        for folder, step, number in zip(work.models, kept_after, range(1, len(kept_after) + 1), strict=True):
-            manifest = run.args.checkpoints / str(number) / "manifest.json"
+        for number, (manifest, folder, step) in enumerate(zip(manifests, work.models, kept_after, strict=True), start=1):
             link_model(folder, run.output_model(manifest))
             listed.append({"checkpoint": number, "step": step, "manifest_sha256": file_sha256(folder / "manifest.json")})
         run.write_json(run.args.out, listed)

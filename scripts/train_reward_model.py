@@ -14,8 +14,8 @@ from pydantic import Field
 
 from psychocounsel.model_folders import link_model
 from psychocounsel.models import ModelSpec
-from psychocounsel.recipes import Recipe, check_pairs, optimizer_steps, training_order
-from psychocounsel.stage import Settings, command_line, log, stage
+from psychocounsel.recipes import Recipe, check_pairs, deepspeed_files, optimizer_steps, training_order
+from psychocounsel.stage import Settings, add_reuse_argument, command_line, log, stage
 
 
 class RewardModelSettings(Settings):
@@ -37,7 +37,11 @@ def main() -> None:
     parser.add_argument(
         "--log", required=True, type=Path, help="JSON: loss, accuracy and gradient norm by step; the last entry is the dev accuracy"
     )
+    add_reuse_argument(parser)
     with stage(parser) as run:
+        inputs = [*run.args.pairs, run.args.dev, run.args.weights, *deepspeed_files(run.settings.recipe)]
+        if run.adopts(inputs, [run.args.out, run.args.log]):
+            return
         from transformers import AutoModelForSequenceClassification
         from trl import RewardConfig, RewardTrainer
 

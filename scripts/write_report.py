@@ -144,7 +144,7 @@ def stage_rows(records: list[dict]) -> list[dict]:
         )
         stage["jobs"] += 1
         stage["seconds"] += record["run"]["seconds"]
-        stage["api"].update({key: count for key, count in (record["run"].get("api") or {}).items() if isinstance(count, int)})
+        stage["api"].update({key: count for key, count in record["run"]["facts"].get("api", {}).items() if isinstance(count, int)})
         for unit, rows in record["rows"].items():
             stage["units"][unit].update({"in": rows["in"], "out": rows["out"]})
             stage["dropped"][unit].update(rows["dropped"])
@@ -164,7 +164,7 @@ def environment(records: list[dict]) -> list[tuple[str, str]]:
         ("Seed", seeds),
         ("First job started", {min(run["started"] for run in runs)}),
         ("Last job started", {max(run["started"] for run in runs)}),
-        ("Machine", {run["host"] for run in runs}),
+        ("Machine", {" ".join([run["host"]["system"], run["host"]["machine"], *run["host"]["gpus"]]) for run in runs}),
         ("Python", {run["python"] for run in runs}),
         ("Packages", packages),
     ]

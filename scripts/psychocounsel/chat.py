@@ -27,8 +27,6 @@ from psychocounsel.models import ModelSpec
 from psychocounsel.records import content_hash, file_sha256
 from psychocounsel.serving import name_at_server, served, transformers_options
 
-CODE_VERSION = 1  # counts in code fingerprints instead of this module's text; raise it when the same request is asked differently
-
 log = logging.getLogger("psychocounsel")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before a request is sent again: doubled each time, unless Retry-After says how long

@@ -10,17 +10,22 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from psychocounsel.records import content_hash
+
 SCRIPTS = Path(__file__).resolve().parent.parent
 PACKAGE = "psychocounsel"
 
 
 def code_fingerprint(program: str) -> str:
     """Return 16 hex digits that stand for `scripts/<program>.py` and all project code that it can reach."""
+    return content_hash(code_modules(program), digits=16)
+
+
+def code_modules(program: str) -> dict[str, str]:
+    """Return a fingerprint of each file, by its path below scripts/, that the program consists of."""
     files = reachable_files(SCRIPTS / f"{program}.py")
-    digest = hashlib.sha256()
-    for file in sorted(files, key=lambda f: f.relative_to(SCRIPTS).as_posix()):
-        digest.update(f"{file.relative_to(SCRIPTS).as_posix()}\0{essence(file)}\0".encode())
-    return digest.hexdigest()[:16]
+    found = {file.relative_to(SCRIPTS).as_posix(): hashlib.sha256(essence(file).encode()).hexdigest()[:16] for file in files}
+    return dict(sorted(found.items()))
 
 
 def reachable_files(program: Path) -> set[Path]:

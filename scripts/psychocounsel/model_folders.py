@@ -12,7 +12,12 @@ def link_model(source: Path, target: Path) -> None:
     for file in sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("manifest.json")):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file, place)
-        except OSError:
-            shutil.copy2(file, place)
+        link_file(file, place)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second place by a hard link, or by a copy where the file system wants that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,6 +1,6 @@
 """What tables, figures, cards and the report are told beyond the run's own files: titles, order, licences, the paper's rows."""
 
-from psychocounsel.workflow import OURS, Workflow
+from psychocounsel.workflow import OURS, Workflow, settings
 
 CODE_VERSION = 1  # only rules use it; what it hands to programs stands in their settings
 
@@ -34,7 +34,8 @@ class Presentation:
         rows = self.config["report"]["reported"][kind]
         return {name: rows[name] for name in names if name in rows}
 
-    def make_tables(self, wildcards) -> str:
+    @settings
+    def make_tables(self, wildcards) -> dict:
         """Order, groups and titles of the tables' rows."""
         flow = self.flow
         groups: dict[str, list[str]] = {}
@@ -44,7 +45,7 @@ class Presentation:
         ours = [name for name in flow.reward_models if name not in ablation]
         rewards = [("Published reward models", flow.baselines), ("Prompted rankers", flow.rankers), ("Reward models of this run", ours)]
         names = [*flow.pool, *flow.speech_sources, *flow.baselines, *flow.rankers, *flow.reward_models, *flow.policies]
-        return flow.settings(
+        return dict(
             titles=self.titles(names),
             pool=[{"title": group, "models": models} for group, models in groups.items()],
             reward_models=[{"title": title, "models": models} for title, models in rewards if models],
@@ -69,10 +70,11 @@ class Presentation:
         names += ["training_policies"] if self.policy_logs() else []
         return names + (["checkpoints"] if self.flow.checkpoint_win_rates() else [])
 
-    def plot_figures(self, wildcards) -> str:
+    @settings
+    def plot_figures(self, wildcards) -> dict:
         """Titles and order of the figures' series."""
         flow, judged = self.flow, self.config["evaluation"]["checkpoints"]
-        return flow.settings(
+        return dict(
             titles=self.titles([*flow.pool, *flow.reward_models, *flow.study.policies]),
             pool=flow.pool,
             policies=flow.policies,
@@ -113,7 +115,8 @@ class Presentation:
         """The models that get a card: all that the run trained."""
         return [*self.flow.reward_models, *self.flow.trained_policies]
 
-    def write_cards(self, wildcards) -> str:
+    @settings
+    def write_cards(self, wildcards) -> dict:
         """Licences, bases and recipes for the cards."""
         config = self.config
 
@@ -134,7 +137,7 @@ class Presentation:
 
         sources = {name: self.study.sources[name] for name in self.flow.speech_sources}
         rewards = self.study.reward_models.items()
-        return self.flow.settings(
+        return dict(
             title=f"PsychoCounsel-Preference ({config['run']})",
             judge=self.judge,
             judge_of_answers=self.judge_of_answers,
@@ -166,7 +169,8 @@ class Presentation:
         flags = ("--speeches", "--judgements", "--answers", "--opponent-answers")
         return " ".join(f"{flag} {file}" for flag, file in zip(flags, self.case_files(), strict=False))
 
-    def write_report(self, wildcards) -> str:
+    @settings
+    def write_report(self, wildcards) -> dict:
         """The choices worth knowing, and what may be quoted."""
         config, policy = self.config, self.case_policy()
         near = config["speeches"]["near_duplicates"]
@@ -188,7 +192,7 @@ class Presentation:
             "quotable": [name for name in self.flow.speech_sources if self.study.sources[name]["quotable"]],
             "crisis_topics": config["report"]["crisis_topics"],
         }
-        return self.flow.settings(
+        return dict(
             title=config["title"],
             judge=self.judge,
             judge_of_answers=self.judge_of_answers,
@@ -198,11 +202,12 @@ class Presentation:
             note=config["note"],
         )
 
-    def summarise_run(self, wildcards) -> str:
+    @settings
+    def summarise_run(self, wildcards) -> dict:
         """Titles, and where the run's files lie."""
         flow = self.flow
         places = {"report": "report.html", "tables": "10_tables/", "figures": "11_figures/", "cards": "12_cards/"}
-        return flow.settings(
+        return dict(
             title=self.config["title"],
             note=self.config["note"],
             titles=self.titles([*flow.reward_models, *flow.baselines, *flow.rankers, *flow.policies]),

@@ -1,6 +1,7 @@
 """Training recipes (config/train/*.yaml) and what follows from one by arithmetic: steps, accumulation, the order of the pairs."""
 
 import math
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,8 @@ from pydantic import Field, model_validator
 from psychocounsel.errors import UserError
 from psychocounsel.records import content_hash
 from psychocounsel.stage import Settings
+
+DEEPSPEED = Path(__file__).resolve().parents[2] / "config" / "deepspeed"
 
 
 class Recipe(Settings):
@@ -38,6 +41,11 @@ class PolicyRecipe(Recipe):
     """How a policy is trained by DPO (paper, section 4.2)."""
 
     beta: float = Field(description="strength of the tie to the reference model", gt=0)
+
+
+def deepspeed_files(recipe: Recipe) -> list[Path]:
+    """Return the DeepSpeed configuration of a recipe that names one: an input of the training, on any number of devices."""
+    return [DEEPSPEED / recipe.deepspeed] if recipe.deepspeed else []
 
 
 def check_pairs(pairs: list[dict]) -> None:

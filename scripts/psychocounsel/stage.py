@@ -13,14 +13,12 @@ beside each stands its provenance record, `<output>.prov.json`.
 """
 
 import argparse
-import importlib.metadata
 import logging
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,8 +28,8 @@ from pathlib import Path
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from psychocounsel import provenance, reuse
 from psychocounsel.errors import UserError, nearest
-from psychocounsel.fingerprint import code_fingerprint
 from psychocounsel.records import check_manifest, content_hash, dump_records, file_sha256, read_records, write_manifest
 
 CODE_VERSION = 1  # counts in code fingerprints instead of this module's text
@@ -66,8 +64,8 @@ def command_line(doc: str | None, settings: type[Settings]) -> argparse.Argument
     return parser
 
 
-def parse_settings(kind: type[Settings], words: list[str]) -> Settings:
-    """Build settings from a JSON object and key=value words; raise UserError that names the key and the nearest name."""
+def read_settings(words: list[str]) -> tuple[dict, dict | None]:
+    """Return what a JSON object and key=value words say, and the job (rule and wildcards) that a rule's JSON names."""
     values: dict = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -80,6 +78,21 @@ def parse_settings(kind: type[Settings], words: list[str]) -> Settings:
                 raise UserError(f"--settings {word!r}: expected a JSON object or key=value")
         except orjson.JSONDecodeError as error:
             raise UserError(f"--settings: not JSON ({error})") from None
+    return {name: value for name, value in values.items() if name != "job"}, values.get("job")
+
+
+def add_reuse_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of programs that cost much (Stage.adopts)."""
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        metavar="DIR",
+        help="adopt the outputs of an equal run from this folder, or keep them there (default: neither)",
+    )
+
+
+def parse_settings(kind: type[Settings], values: dict) -> Settings:
+    """Build settings from their values; raise UserError that names the key and the nearest name."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -101,22 +114,27 @@ def _json_or_text(value: str) -> object:
 class Stage:
     """One run of a program: what it read, what it is about to write, and its accounts."""
 
-    def __init__(self, args: argparse.Namespace, settings: Settings, program: str) -> None:
-        self.args, self.settings, self.program = args, settings, program
+    def __init__(self, args: argparse.Namespace, program: str) -> None:
+        self.args, self.program = args, program
+        self.values, self.job = read_settings(args.settings)
+        self.settings = parse_settings(args.settings_type, self.values)
         self.started = datetime.now(UTC)
         self.clock = time.perf_counter()
-        self.inputs: dict[str, Path] = {}
+        self.inputs: dict[str, dict] = {}  # path -> what the records say of it
         self.outputs: dict[Path, Path] = {}  # final path -> temporary path
         self.folders: dict[Path, Path] = {}  # the same for model folders
         self.rows: dict[str, dict] = {}
         self.facts: dict[str, object] = {}
+        self.templates: dict[str, str] = {}  # manifest -> sha256 of the model's chat template
+        self.kept: tuple[Path, list[Path]] | None = None  # where which outputs are kept for an equal run to adopt
 
     def uses(self, path: Path | str) -> Path:
-        """Note an input file that is not a file of records, and return its path."""
+        """Note an input file that is not a file of records, checked against its provenance record; return its path."""
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        self.inputs[str(path)] = path
+        if str(path) not in self.inputs:
+            self.inputs[str(path)] = provenance.used(path)
         return path
 
     def read(self, path: Path | str, kind: str) -> list[dict]:
@@ -125,13 +143,43 @@ class Stage:
 
     def model(self, manifest: Path | str) -> Path:
         """Check and note a model by its manifest; return the model's folder."""
-        return check_manifest(self.uses(manifest))
+        folder = check_manifest(self.uses(manifest))
+        if template := provenance.chat_template_sha256(folder):
+            self.templates[provenance.shown(Path(manifest))] = template
+        return folder
+
+    def adopts(self, inputs: list[Path | None], outputs: list[Path]) -> bool:
+        """Adopt the outputs of an earlier run of the same code and settings on the same input bytes; say whether there was one.
+
+        For programs that cost much. `inputs` holds all of them in an order that tells their roles (None for one that is not given),
+        `outputs` all outputs, a model by its manifest. Where there was no such run, this one's outputs are kept for later ones.
+        """
+        for path in inputs:
+            if path and path.name == "manifest.json":
+                self.model(path)
+            elif path:
+                self.uses(path)
+        roles = [self.inputs[str(path)]["sha256"] if path else None for path in inputs]
+        if not self.args.reuse:
+            return False
+        key = content_hash(provenance.identity(self.program, self.values, []), roles)
+        self.kept = (Path(self.args.reuse) / key, outputs)
+        entry = reuse.find(self.kept[0], len(outputs))
+        if entry is None:
+            return False
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(0)  # of the processes of a distributed training the first alone writes
+        for number, path in enumerate(outputs):
+            reuse.adopt(self.kept[0], number, self.output_model(path) if path.name == reuse.MODEL else self.output(path))
+        self.rows, self.facts = entry["rows"], entry["facts"] | {"adopted": True}
+        log.info("an equal run has been here before: its outputs are adopted from %s", self.kept[0])
+        return True
 
     def output(self, path: Path | str) -> Path:
         """Return the temporary path under which to write an output that is moved to `path` at the end."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.outputs[path] = path.with_name(f".{path.name}.{os.getpid()}.part")
+        self.outputs[path] = _temporary(path)
         return self.outputs[path]
 
     def write(self, path: Path | str, rows: Iterable[dict], kind: str, sort_by: str | Callable | None = None) -> int:
@@ -153,8 +201,7 @@ class Stage:
         """Return a temporary folder to save a model in; it is moved whole to the folder of `manifest` at the end."""
         folder = Path(manifest).parent
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = _temporary(folder)
         temporary.mkdir()
         self.folders[folder] = temporary
         return temporary
@@ -178,30 +225,46 @@ class Stage:
         for folder, temporary in self.folders.items():
             finals.append((folder / "manifest.json", write_manifest(temporary)))
         finals += list(self.outputs.items())
-        identity = self._identity()
-        run = self._run()
-        records = [
-            {
-                "format": 1,
-                "output": {"path": _shown(final), "sha256": file_sha256(temporary), "bytes": temporary.stat().st_size},
-                "rows": self.rows,
-                "identity": identity,
-                "identity_sha256": content_hash(identity),
-                "run": run,
-            }
-            for final, temporary in finals
-        ]
+        identity = provenance.identity(self.program, self.values, list(self.inputs.values()))
+        run = provenance.surroundings(self.started) | self._sources_of_answers() | {"facts": self.facts}
+        records = {final: self._record(final, temporary, identity, run) for final, temporary in finals}
         for folder, temporary in self.folders.items():
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
         for final, temporary in self.outputs.items():
             os.replace(temporary, final)
-        for (final, _), record in zip(finals, records, strict=True):
-            part = final.with_name(f".{final.name}.prov.{os.getpid()}.part")
-            part.write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-            os.replace(part, final.with_name(final.name + ".prov.json"))
+        for final, record in records.items():
+            part = _temporary(provenance.record_path(final))
+            part.write_bytes(provenance.rendered(record))
+            os.replace(part, provenance.record_path(final))
+        if self.kept and "adopted" not in self.facts:
+            reuse.keep(*self.kept, self.rows, self.facts)
         log.info("%s: done in %.1f s", self.program, time.perf_counter() - self.clock)
+
+    def _record(self, final: Path, temporary: Path, identity: dict, run: dict) -> dict:
+        """Return the provenance record of one output."""
+        output = {"path": provenance.shown(final), "sha256": file_sha256(temporary), "bytes": temporary.stat().st_size}
+        return provenance.sealed(
+            {
+                "format": provenance.FORMAT,
+                "output": output,
+                "job": self.job,
+                "rows": self.rows,
+                "identity": identity,
+                "identity_sha256": content_hash(identity),
+                "run": run,
+            }
+        )
+
+    def _sources_of_answers(self) -> dict:
+        """Return which models and prompts took part, for the records."""
+        model = self.values.get("model")
+        return {
+            "model": {key: model.get(key) for key in ("name", "id", "revision")} if model else None,
+            "chat_templates": self.templates,
+            "prompts": provenance.prompts(self.values),
+        }
 
     def abandon(self) -> None:
         """Remove what was written under temporary names."""
@@ -209,35 +272,6 @@ class Stage:
             temporary.unlink(missing_ok=True)
         for temporary in self.folders.values():
             shutil.rmtree(temporary, ignore_errors=True)
-
-    def _identity(self) -> dict:
-        """What determines the outputs' bytes: inputs with their own identities, settings and code."""
-        inputs = []
-        for path in self.inputs.values():
-            record = path.with_name(path.name + ".prov.json")
-            chained = orjson.loads(record.read_bytes())["identity_sha256"] if record.is_file() else None
-            inputs.append({"path": _shown(path), "sha256": file_sha256(path), "identity_sha256": chained})
-        return {
-            "program": self.program,
-            "code": code_fingerprint(self.program),
-            "settings": self.settings.model_dump(mode="json"),
-            "inputs": sorted(inputs, key=lambda item: item["path"]),
-        }
-
-    def _run(self) -> dict:
-        """When, where and with what this run was made; no part of the identity."""
-        packages = ("torch", "transformers", "trl", "openai", "numpy", "snakemake")
-        commit, dirty = _git_state()
-        return {
-            "started": self.started.isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - self.clock, 1),
-            "host": platform.system() + " " + platform.machine(),
-            "python": platform.python_version(),
-            "packages": {p: importlib.metadata.version(p) for p in packages if _installed(p)},
-            "git": {"commit": commit, "dirty": dirty},
-            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-            **self.facts,
-        }
 
 
 @contextmanager
@@ -248,7 +282,7 @@ def stage(parser: argparse.ArgumentParser) -> Iterator[Stage]:
     log.setLevel(args.log_level)
     run: Stage | None = None
     try:
-        run = Stage(args, parse_settings(args.settings_type, args.settings), Path(sys.argv[0]).stem)
+        run = Stage(args, Path(sys.argv[0]).stem)
         yield run
         run.finish()
     except BaseException as error:
@@ -265,27 +299,6 @@ def dropped_by_reason(dropped: Iterable[dict]) -> dict[str, int]:
     return Counter(row["reason"] for row in dropped)
 
 
-def _shown(path: Path) -> str:
-    """A path as records show it: relative to the project where it lies below it, so that a run can be moved."""
-    absolute = Path(os.path.abspath(path))
-    return absolute.relative_to(Path.cwd()).as_posix() if absolute.is_relative_to(Path.cwd()) else absolute.name
-
-
-def _installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _git_state() -> tuple[str | None, bool | None]:
-    """The commit that is checked out and whether the tree differs from it; (None, None) outside git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
+def _temporary(path: Path) -> Path:
+    """Return a name beside a path that no other job uses, on this machine or another: two writers never meet in one file."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")

@@ -24,7 +24,7 @@ from psychocounsel import rewards
 from psychocounsel.errors import UserError
 from psychocounsel.fingerprint import code_fingerprint
 from psychocounsel.models import ModelSpec
-from psychocounsel.recipes import accumulation
+from psychocounsel.recipes import accumulation, deepspeed_files
 from psychocounsel.records import check_manifest, content_hash, file_sha256, write_manifest
 from psychocounsel.stage import Stage, log
 
@@ -34,7 +34,6 @@ huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # trl would report th
 COME_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: start me again
 MARKER = "complete.json"  # of a checkpoint: the size of each of its files
 EXPLODED = 100.0  # nats; a pair decided by a coin costs 0.69
-DEEPSPEED = Path(__file__).resolve().parents[2] / "config" / "deepspeed"
 
 
 class Work:
@@ -110,9 +109,8 @@ def _whole_model(folder: Path) -> bool:
 def identity(run: Stage) -> str:
     """Return what stands for a training: its code, its settings, the bytes of its inputs, and which models are start and reference."""
     roles = {role: file_sha256(path) for role, path in vars(run.args).items() if role in ("weights", "reference") and path}
-    return content_hash(
-        code_fingerprint(run.program), run.settings.model_dump(mode="json"), sorted(map(file_sha256, run.inputs.values())), roles
-    )
+    inputs = sorted(item["sha256"] for item in run.inputs.values())
+    return content_hash(code_fingerprint(run.program), run.settings.model_dump(mode="json"), inputs, roles)
 
 
 def devices() -> int:
@@ -129,7 +127,7 @@ def arguments(run: Stage, steps: int) -> dict:
     """Return the trl arguments that reward models and policies share; every default that surprises is set."""
     recipe, count = run.settings.recipe, devices()
     run.note(devices=count, steps=steps)
-    deepspeed = str(run.uses(DEEPSPEED / recipe.deepspeed)) if recipe.deepspeed and count > 1 else None
+    deepspeed = next(map(str, deepspeed_files(recipe)), None) if count > 1 else None
     return {
         "output_dir": str(run.args.resume_dir),
         "max_steps": steps,

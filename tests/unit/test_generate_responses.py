@@ -70,7 +70,7 @@ def test_every_speech_is_answered_with_the_model_s_own_messages(folder):
     assert all(body["messages"][0] == {"role": "system", "content": "You are kind."} for body in server.requests)
     assert all(row["response_id"] == content_hash(row["speech_id"], "therapist", row["request_key"], digits=16) for row in rows)
     assert read_records(folder / "failed.jsonl", "failure") == []
-    assert orjson.loads((folder / "out.jsonl.prov.json").read_bytes())["run"]["api"]["requests"] == 5
+    assert orjson.loads((folder / "out.jsonl.prov.json").read_bytes())["run"]["facts"]["api"]["requests"] == 5
     assert "I feel" not in done.stderr, "no client's words in the log"
 
 
@@ -164,7 +164,7 @@ def test_an_answer_that_was_cut_off_is_kept_and_counted(folder):
         done = generate(folder, server)
     assert {row["finish_reason"] for row in responses(folder)} == {"length"}
     assert "5 answers were cut off" in done.stderr
-    assert orjson.loads((folder / "out.jsonl.prov.json").read_bytes())["run"]["cut_off"] == 5
+    assert orjson.loads((folder / "out.jsonl.prov.json").read_bytes())["run"]["facts"]["cut_off"] == 5
 
 
 def test_recorded_answers_join_by_the_source_s_key(folder):

@@ -86,6 +86,7 @@ def test_an_answer_that_does_not_parse_goes_to_the_side_file(monkeypatch, files)
     answers = judge(monkeypatch, files)
     answers[1]["raw"] = '{"better": "tie"}'
     dump_records(files / "answers.jsonl", answers, "judgement_answer")
+    (files / "answers.jsonl.prov.json").unlink()
     assert len(parse(monkeypatch, files)) == 3
     (failure,) = read_records(files / "unparsed.jsonl", "failure")
     assert failure["request_id"] == f"{sid(1)}/opponent first"

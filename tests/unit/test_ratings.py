@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from psychocounsel import rubric
 from psychocounsel.chat import ChatAnswer, ChatFailure
+from psychocounsel.journal import add_tokens
 from psychocounsel.records import content_hash, dump_records, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,7 +178,7 @@ def script(monkeypatch, judge) -> None:
                 failures.append(ChatFailure(id=request.id, request_key=key, reason="no JSON", raw=["hm", "hm"]))
             else:
                 answers.append(ChatAnswer(id=request.id, request_key=key, text=text, finish_reason="stop", usage=None, served_model=None))
-        return answers, failures, {"requests": len(requests), "failed": len(failures)}
+        return answers, failures, {"requests": len(requests), "failed": len(failures), "from_journal": 0, **add_tokens({}, None)}
 
     monkeypatch.setattr("psychocounsel.asking.complete", complete)
 
@@ -202,6 +203,7 @@ def test_an_answer_that_does_not_parse_goes_to_the_side_file(monkeypatch, files)
     answers = rate(monkeypatch, files)
     answers[0]["raw"] = "I would say 4 out of 5."
     dump_records(files / "answers.jsonl", answers, "rating_answer")
+    (files / "answers.jsonl.prov.json").unlink()
     parse_and_score(monkeypatch, files)
     (failure,) = read_records(files / "unparsed.jsonl", "failure")
     assert failure["request_id"] == f"{answers[0]['speech_id']}/{answers[0]['principle']}"
@@ -221,6 +223,7 @@ def test_answers_that_do_not_belong_together_are_refused(monkeypatch, files, cap
     answers = rate(monkeypatch, files)
     spoil(answers)
     dump_records(files / "answers.jsonl", answers, "rating_answer")
+    (files / "answers.jsonl.prov.json").unlink()
     with pytest.raises(SystemExit):
         parse_and_score(monkeypatch, files)
     assert message in capsys.readouterr().err

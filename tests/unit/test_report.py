@@ -227,22 +227,23 @@ def test_the_case_is_the_speech_of_lower_median_length():
     assert median_speech([]) is None
 
 
-def provenance(folder: Path, name: str, program: str, started: str, **run) -> None:
+def provenance(folder: Path, name: str, program: str, started: str, **facts) -> None:
     """Write an output and its record."""
     (folder / name).write_text("x")
-    facts = {
+    run = {
         "started": started,
         "seconds": 2.0,
-        "host": "h",
+        "host": {"system": "s", "machine": "m", "gpus": []},
         "python": "3",
         "packages": {"numpy": "2"},
         "git": {"commit": "c" * 40, "dirty": True},
+        "facts": facts,
     }
     record = {
         "identity_sha256": program + started,
         "identity": {"program": program, "settings": {"seed": 7}},
         "rows": {"rows": {"in": 5, "out": 3, "dropped": {"short": 2}}},
-        "run": {**facts, **run},
+        "run": run,
     }
     (folder / f"{name}.prov.json").write_text(json.dumps(record))
 

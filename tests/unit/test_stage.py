@@ -4,15 +4,22 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from psychocounsel import provenance
+from psychocounsel.errors import UserError
+from psychocounsel.provenance import read_record
+from psychocounsel.records import check_manifest, content_hash
+
 PROGRAM = '''
 """Copy assignments."""
+from pathlib import Path
 from pydantic import Field
 from psychocounsel.errors import UserError
-from psychocounsel.stage import Settings, command_line, stage
+from psychocounsel.stage import Settings, add_reuse_argument, command_line, stage
 
 
 class CopySettings(Settings):
@@ -27,7 +34,11 @@ def main():
     parser.add_argument("--rows", required=True, help="rows")
     parser.add_argument("--out", required=True, help="copy")
     parser.add_argument("--model", help="a model")
+    add_reuse_argument(parser)
     with stage(parser) as run:
+        models = [Path(run.args.model)] if run.args.model else []
+        if run.args.reuse and run.adopts([Path(run.args.rows)], [Path(run.args.out), *models]):
+            return
         rows = run.read(run.args.rows, "assignment")
         kept = rows[: run.settings.keep]
         run.write(run.args.out, kept, "assignment", sort_by="speech_id")
@@ -70,7 +81,7 @@ def test_outputs_are_sorted_and_recorded(program, tmp_path):
     assert [json.loads(line)["speech_id"][-1] for line in (tmp_path / "out/copy.jsonl").read_text().splitlines()] == ["1", "3"]
     record = json.loads((tmp_path / "out/copy.jsonl.prov.json").read_text())
     assert record["rows"] == {"rows": {"in": 3, "out": 2, "dropped": {"over": 1}}}
-    assert record["identity"]["settings"] == {"keep": 2, "fail": None}
+    assert record["identity"]["settings"] == {"keep": 2}
     assert [i["path"] for i in record["identity"]["inputs"]] == ["rows.jsonl"]
     assert json.loads((tmp_path / "out/model/manifest.json").read_text())["files"].keys() == {"weights"}
     assert (tmp_path / "out/model/manifest.json.prov.json").is_file()
@@ -122,3 +133,104 @@ def test_missing_input_is_a_user_error(program, tmp_path):
     (tmp_path / "rows.jsonl").unlink()
     done = program("keep=1")
     assert "error: rows.jsonl: no such file" in done.stderr
+
+
+def record(path: Path) -> dict:
+    return json.loads(path.with_name(path.name + ".prov.json").read_text())
+
+
+def test_a_rule_s_settings_name_its_job(program, tmp_path):
+    job = {"rule": "copy_rows", "wildcards": {"model": "m"}}
+    assert program(json.dumps({"job": job, "keep": 2})).returncode == 0
+    named = record(tmp_path / "out/copy.jsonl")
+    assert named["job"] == job
+    assert program("keep=2").returncode == 0
+    assert record(tmp_path / "out/copy.jsonl")["identity_sha256"] == named["identity_sha256"]
+
+
+def test_an_altered_result_is_refused_as_input(program, tmp_path):
+    """Before anything is spent: Snakemake would build on it."""
+    assert program("keep=3").returncode == 0
+    copy = tmp_path / "out/copy.jsonl"
+    copy.write_bytes(copy.read_bytes().replace(b'"m"', b'"n"', 1))
+    done = program("keep=1", more=("--rows", "out/copy.jsonl", "--out", "out/second.jsonl"))
+    assert done.returncode == 1
+    assert "out/copy.jsonl: altered by hand, or damaged" in done.stderr
+    assert "snakemake --forcerun out/copy.jsonl" in done.stderr
+    assert not (tmp_path / "out/second.jsonl").exists()
+
+
+@pytest.mark.parametrize("place", range(0, 3000, 97))
+def test_every_byte_of_a_record_counts(tmp_path, place):
+    """Flip one bit of a record: it is refused, wherever the bit stands."""
+    path = tmp_path / "out/copy.jsonl.prov.json"
+    path.parent.mkdir()
+    path.write_bytes(example_record())
+    read_record(path)
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="copy.jsonl.prov.json: "):
+        read_record(path)
+
+
+def test_a_result_without_its_record_is_refused_as_input(program, tmp_path):
+    (tmp_path / "results/run").mkdir(parents=True)
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "results/run/rows.jsonl")
+    done = program("keep=1", more=("--rows", "results/run/rows.jsonl"))
+    assert done.returncode == 1
+    assert "results/run/rows.jsonl: a result without its provenance record" in done.stderr
+
+
+def test_an_equal_run_is_adopted_and_another_is_not(program, tmp_path):
+    more = ("--model", "out/model/manifest.json", "--reuse", "cache")
+    assert program("keep=2", more=more).returncode == 0
+    copy, first = tmp_path / "out/copy.jsonl", record(tmp_path / "out/copy.jsonl")
+    assert "adopted" not in first["run"]["facts"]
+    copy.unlink()
+    shutil.rmtree(tmp_path / "out/model")
+    assert program("keep=2", more=more).returncode == 0
+    second = record(copy)
+    assert second["run"]["facts"]["adopted"] is True
+    for part in ("output", "rows", "identity", "identity_sha256"):
+        assert second[part] == first[part]
+    assert check_manifest(tmp_path / "out/model/manifest.json")
+    assert program("keep=1", more=more).returncode == 0
+    assert "adopted" not in record(copy)["run"]["facts"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"m"', '"n"'))
+    assert program("keep=2", more=more).returncode == 0
+    assert "adopted" not in record(copy)["run"]["facts"]
+
+
+def test_inputs_of_other_origin_with_the_same_bytes_are_adopted(program, tmp_path):
+    """The stage above was made by other code: the chain differs, the bytes and the result do not."""
+    assert program("keep=3", more=("--out", "out/above.jsonl")).returncode == 0
+    more = ("--rows", "out/above.jsonl", "--reuse", "cache")
+    assert program("keep=2", more=more).returncode == 0
+    before = record(tmp_path / "out/copy.jsonl")
+    assert program("keep=4", more=("--out", "out/above.jsonl")).returncode == 0
+    assert program("keep=2", more=more).returncode == 0
+    after = record(tmp_path / "out/copy.jsonl")
+    assert after["run"]["facts"]["adopted"] is True
+    assert after["identity_sha256"] != before["identity_sha256"]
+    assert after["identity"]["inputs"][0]["identity_sha256"] == record(tmp_path / "out/above.jsonl")["identity_sha256"]
+
+
+def test_a_kept_output_that_was_edited_through_its_link_is_not_adopted(program, tmp_path):
+    assert program("keep=2", more=("--reuse", "cache")).returncode == 0
+    copy = tmp_path / "out/copy.jsonl"
+    with copy.open("r+b") as file:
+        file.write(b" ")
+    assert program("keep=2", more=("--reuse", "cache")).returncode == 0
+    assert "adopted" not in record(copy)["run"]["facts"]
+    assert copy.read_bytes()[:1] == b"{"
+
+
+def example_record() -> bytes:
+    """A small valid record."""
+    identity = provenance.identity("build_pairs", {"min_gap": 1}, [])
+    run = provenance.surroundings(datetime.now(UTC)) | {"model": None, "chat_templates": {}, "prompts": {}, "facts": {}}
+    output = {"path": "out/copy.jsonl", "sha256": "0" * 64, "bytes": 3}
+    parts = {"format": provenance.FORMAT, "output": output, "job": None, "rows": {}, "identity": identity}
+    return provenance.rendered(provenance.sealed(parts | {"identity_sha256": content_hash(identity), "run": run}))

@@ -4,15 +4,14 @@ import importlib
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from psychocounsel.config import Study, load_study
 from psychocounsel.presentation import Presentation
-from psychocounsel.stage import Settings, parse_settings
-from psychocounsel.workflow import Workflow
+from psychocounsel.stage import Settings, parse_settings, read_settings
+from psychocounsel.workflow import Wildcards, Workflow
 from test_config import merged
 
 STUDIES = {"paper": [], "demo": ["demo"], "counsel-chat": ["demo", "demo_counsel_chat"], "bench": ["demo", "demo_counselling_bench"]}
@@ -33,15 +32,15 @@ def flow(request) -> Workflow:
 
 def calls(flow: Workflow) -> list[tuple[str, str]]:
     """Return (program, settings JSON) of every job kind of a study, for every value of its wildcards."""
-    w, pages = SimpleNamespace, Presentation(flow)
+    w, pages = Wildcards, Presentation(flow)
     found = [
         (name, getattr(flow, name)(w()))
         for name in ("select_speeches", "label_topics", "split_speeches", "assign_models", "rate_responses", "build_pairs")
     ]
     found += [
-        ("parse_ratings", flow.principle_ids(w())),
-        ("score_responses", flow.principle_ids(w())),
-        ("parse_judgements", flow.no_settings(w())),
+        ("parse_ratings", flow.parse_ratings(w())),
+        ("score_responses", flow.score_responses(w())),
+        ("parse_judgements", flow.parse_judgements(w())),
     ]
     found += [("generate_responses", flow.answer_opponent(w())), ("sample_prompts", flow.sample_test_speeches(w()))]
     found += [(name, getattr(pages, name)(w())) for name in ("make_tables", "plot_figures", "write_cards", "write_report", "summarise_run")]
@@ -81,7 +80,7 @@ def settings_class(program: str) -> type[Settings]:
 
 def test_programs_accept_the_settings_of_every_rule(flow):
     for program, settings in calls(flow):
-        parse_settings(settings_class(program), [settings])
+        parse_settings(settings_class(program), read_settings([settings])[0])
 
 
 def test_a_source_of_ones_own_needs_few_keys(tmp_path):
@@ -95,11 +94,11 @@ def test_a_source_of_ones_own_needs_few_keys(tmp_path):
     config = merged(yaml.safe_load(Path("config/config.yaml").read_text()), {"files": files, "sources": ["my-clinic"]})
     flow = Workflow(load_study(config, [Path("config/config.yaml")]))
     for program in ("fetch_source", "read_source"):
-        settings = getattr(flow, program)(SimpleNamespace(source="my-clinic"))
-        parse_settings(settings_class(program), [settings])
-    before = flow.fetch_source(SimpleNamespace(source="my-clinic"))
+        settings = getattr(flow, program)(Wildcards(source="my-clinic"))
+        parse_settings(settings_class(program), read_settings([settings])[0])
+    before = flow.fetch_source(Wildcards(source="my-clinic"))
     mine.write_text("id,question,label\n1,hallo,anxiety\n")
-    assert flow.fetch_source(SimpleNamespace(source="my-clinic")) != before
+    assert flow.fetch_source(Wildcards(source="my-clinic")) != before
 
 
 def test_settings_are_canonical_json(flow):
@@ -143,7 +142,7 @@ def test_a_change_reaches_exactly_the_settings_that_use_it():
 def test_rounds_chain_from_the_base_to_the_last(flow):
     for policy in flow.iterative_policies:
         last = flow.study.policies[policy]["iterations"]
-        where = [SimpleNamespace(policy=policy, iteration=str(i)) for i in range(1, last + 1)]
+        where = [Wildcards(policy=policy, iteration=str(i)) for i in range(1, last + 1)]
         assert flow.round_before(where[0]) == flow.policy_base(where[0])
         for earlier, later in zip(where, where[1:], strict=False):
             assert flow.round_before(later) == [flow.results(f"07_policies/{policy}/iteration-{earlier.iteration}/checkpoints.json")]

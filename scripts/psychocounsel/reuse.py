@@ -1,0 +1,62 @@
+"""Finished outputs kept by what determined their bytes, so that a costly program that would make them again adopts them.
+
+Snakemake reruns everything below a stage that reran, even where that stage wrote the same bytes. An entry is a folder named by
+the hash of code, settings and input bytes: the outputs 0, 1, … as hard links (a model is a folder), and entry.json, which holds
+their sha256. A link shares its bytes with the result: an edit in place reaches both, so an entry is checked before it is used.
+"""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import orjson
+
+from psychocounsel.errors import UserError
+from psychocounsel.model_folders import link_file, link_model
+from psychocounsel.records import check_manifest, file_sha256
+
+CODE_VERSION = 1  # copies bytes and changes none
+
+ENTRY = "entry.json"
+MODEL = "manifest.json"
+
+
+def keep(folder: Path, outputs: list[Path], rows: dict, facts: dict) -> None:
+    """Keep outputs with what their records say of rows and facts; a model is named by its manifest."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+    temporary.mkdir(parents=True)
+    for number, output in enumerate(outputs):
+        if output.name == MODEL:
+            link_model(output.parent, temporary / str(number))
+            link_file(output, temporary / str(number) / MODEL)
+        else:
+            link_file(output, temporary / str(number))
+    entry = {"outputs": list(map(file_sha256, outputs)), "rows": rows, "facts": facts}
+    (temporary / ENTRY).write_bytes(orjson.dumps(entry))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def find(folder: Path, outputs: int) -> dict | None:
+    """Return a whole entry, or None where there is none, or a file in it is not what it was."""
+    try:
+        entry = orjson.loads((folder / ENTRY).read_bytes())
+        for number, sha256 in enumerate(entry["outputs"]):
+            kept = folder / str(number)
+            if file_sha256(kept / MODEL if kept.is_dir() else kept) != sha256:
+                return None
+            if kept.is_dir():
+                check_manifest(kept / MODEL)
+    except (FileNotFoundError, UserError, ValueError):
+        return None
+    return entry if len(entry["outputs"]) == outputs else None
+
+
+def adopt(folder: Path, number: int, place: Path) -> None:
+    """Link one kept output to its place; of a model, the files without the manifest."""
+    kept = folder / str(number)
+    if kept.is_dir():
+        link_model(kept, place)
+    else:
+        link_file(kept, place)
