@@ -15,6 +15,8 @@ from psychocounsel.records import content_hash
 SCRIPTS = Path(__file__).resolve().parent.parent
 PACKAGE = "psychocounsel"
 
+CODE_VERSION = 1  # a change in how fingerprints are made changes them all by itself
+
 
 def code_fingerprint(program: str) -> str:
     """Return 16 hex digits that stand for `scripts/<program>.py` and all project code that it can reach."""

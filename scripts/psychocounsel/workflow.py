@@ -103,6 +103,11 @@ class Workflow:
         """Return the raw file of the source that a rule's wildcard names."""
         return self.raw(wildcards.source)
 
+    @property
+    def split_seed(self) -> int:
+        """Return the seed of the split, which may differ from the study's."""
+        return self.config["seed"] if self.config["split"]["seed"] is None else self.config["split"]["seed"]
+
     # Models
 
     def weights(self, model: str) -> list[str]:
@@ -187,7 +192,7 @@ class Workflow:
             split=entry.get("split"),
             prompt=self.study.prompt(self.config["responses"]["prompt"]),
             dev_fraction=self.config["split"]["dev_fraction"],
-            seed=self.config["seed"],
+            seed=self.split_seed,
         )
 
     @settings
@@ -215,7 +220,7 @@ class Workflow:
     @settings
     def split_speeches(self, wildcards) -> dict:
         """Sizes of the split."""
-        return dict(**self.config["split"], seed=self.config["seed"])
+        return self.config["split"] | {"seed": self.split_seed}
 
     @settings
     def assign_models(self, wildcards) -> dict:

@@ -1,9 +1,14 @@
 """A copy of the project in which the micro study runs, with the scripted server that plays four of its models."""
 
+import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +29,25 @@ ANSWERS = {  # of clearly different quality, so that the rubric finds gaps; the 
     "scripted-terse": "Okay. {word}.",
     "scripted-cold": "That is your own fault. Get over {word}. Everybody has problems. It is nothing. Stop complaining.",
 }
+ANSWERS["scripted-kind"] = "That must be hard for you: {word}. What would help you now?"
+SCORES = {"sounds like": 5, "You should just": 3, "Okay": 2, "your own fault": 1}  # by a phrase of each; any other answer gets 2
 
 
 def scripted_answer(body: dict, nth: int) -> Reply:
-    """Answer as the model that is asked for, with the longest word of the message in it."""
+    """Answer as the model that is asked for, with the longest word of the message in it; the judge knows the answers by their phrases."""
+    if body["model"] == "scripted-judge":
+        return Reply(scripted_ratings(body["messages"][-1]["content"]))
     word = max(body["messages"][-1]["content"].split(), key=len).strip(".,!?")
     return Reply(ANSWERS[body["model"]].format(word=word))
+
+
+def scripted_ratings(prompt: str) -> str:
+    """Rate the responses in a rating prompt."""
+    rated = {}
+    for number, text in re.findall(r"<response_(\d)>\n(.*?)\n</response_", prompt, flags=re.DOTALL):
+        rated[f"response_{number}_rating"] = next((score for phrase, score in SCORES.items() if phrase in text), 2)
+        rated[f"rationale_{number}"] = "scripted"
+    return json.dumps(rated)
 
 
 @dataclass
@@ -59,16 +77,21 @@ class Project:
         return self.folder / "results" / "micro" / name
 
 
-@pytest.fixture(scope="session")
-def project(tmp_path_factory) -> Iterator[Project]:
-    """Copy the project, build the micro model, start the scripted server."""
-    folder = tmp_path_factory.mktemp("project")
+def copy_project(folder: Path) -> None:
+    """Copy the project's files, as a clone would have them, with new time stamps."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in listed.stdout.splitlines():
         source, target = ROOT / name, folder / name
         if source.is_symlink() or source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target, follow_symlinks=False)
+            shutil.copy(source, target, follow_symlinks=False)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Iterator[Project]:
+    """Copy the project, build the micro model, start the scripted server."""
+    folder = tmp_path_factory.mktemp("project")
+    copy_project(folder)
     build_micro_model(folder / "work" / "models" / "micro")
     real = Path(os.environ.get("PSYCHOCOUNSEL_SOURCES", ""), "counsel-chat", "20200325_counsel_chat.csv").is_file()
     sources = ["demo", "counsel-chat"] if real else ["demo"]  # real questions to therapists, where the source cache has them
@@ -88,3 +111,33 @@ def project(tmp_path_factory) -> Iterator[Project]:
             "OMP_NUM_THREADS": "1",
         }
         yield Project(folder, server, environment, sources)
+
+
+@pytest.fixture(scope="session")
+def killed(project) -> Counter:
+    """Start the run, kill -9 Snakemake and its jobs while the reward model is trained; return what was asked of the server."""
+    process = subprocess.Popen(
+        project.command(), **project.options(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    log = project.folder / "logs/micro/train_reward_model/micro-reward.log"
+    deadline = time.monotonic() + 600
+    while not log.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert log.is_file(), "the run ended before it trained"
+    return asked(project)
+
+
+def asked(project) -> Counter:
+    """Return how often each model was asked each question."""
+    return Counter((body["model"], body["messages"][-1]["content"]) for body in project.server.requests)
+
+
+@pytest.fixture(scope="session")
+def finished(project, killed) -> subprocess.CompletedProcess:
+    """Resume the killed run and let it end."""
+    assert project.snakemake("--unlock").returncode == 0
+    done = project.snakemake()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
