@@ -21,12 +21,18 @@ include: "rules/report.smk"
 rule all:
     default_target: True
     input:
-        flow.results("report.html"),
-        flow.results("summary.txt"),
+        rules.build_pairs.output,
+        [flow.reward_model(name) for name in flow.reward_models],
+        [flow.policy(name) for name in flow.trained_policies],
+        rules.make_tables.output,
+        rules.plot_figures.output,
+        rules.write_cards.output,
+        rules.write_report.output,
+        rules.summarise_run.output,
     localrule: True
 
 
 rule dataset:
     input:
-        expand(flow.results("05_pairs/{split}.jsonl"), split=["train", "dev", "test"]),
+        rules.build_pairs.output,
     localrule: True

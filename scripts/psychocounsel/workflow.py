@@ -557,7 +557,11 @@ class Workflow:
         """The manifest of a policy: the selected checkpoint's, or the base's own."""
         if self.study.policies[wildcards.policy]["method"] == "none":
             return self.policy_base(wildcards)
-        return [self.results(f"07_policies/{wildcards.policy}/model/manifest.json")]
+        return [self.policy(wildcards.policy)]
+
+    def policy(self, name: str) -> str:
+        """The manifest of a policy of ours: its selected checkpoint."""
+        return self.results(f"07_policies/{name}/model/manifest.json")
 
     # What the report needs
 
