@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Project, copy_project
+from conftest import ROOT, Project, copy_project
 
 from psychocounsel.provenance import read_record, record_path
 from psychocounsel.records import read_records
@@ -256,6 +256,12 @@ def test_readers_are_those_of_the_workflow(copy):
     done = copy.snakemake(*STUDY, "-n", "--forceall", "--quiet", "rules")
     rules = re.findall(r"^(\w+) +\d+$", done.stdout + done.stderr, flags=re.MULTILINE)
     assert set(rules) - {"all", "total", "prepare_model"} == set(READERS)
+
+
+def test_the_documented_matrix_is_this_one():
+    documented = (ROOT / "docs" / "reruns.md").read_text()
+    rows = [f"| {what} | {', '.join(rules.split()) or 'nothing'} |" for what, _, rules, _ in MATRIX]
+    assert "\n".join(rows) in documented
 
 
 def test_a_fresh_clone_beside_the_results_reruns_nothing(copy, tmp_path):
