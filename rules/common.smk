@@ -44,6 +44,11 @@ def endpoints_file(wildcards, input):
     return flow.endpoints
 
 
+def price_files(wildcards, input):
+    """The registries of models, for their list prices."""
+    return config["files"]["models"]
+
+
 def cache_option(wildcards, output):
     """--cache with the site's folder of raw files."""
     return flow.cache_option
