@@ -3,6 +3,7 @@
 Prices are no part of any result's identity: programs are told the registry's files beside their settings (--prices).
 """
 
+from functools import cache
 from pathlib import Path
 
 from psychocounsel.config import load_registry
@@ -14,9 +15,13 @@ CHARACTERS_PER_TOKEN = 4  # of English text, before an endpoint's own counts are
 
 def read_price(files: list[Path | str], model: str) -> dict | None:
     """Return a model's list price, in dollars a million tokens: input, cached_input, output; None where it has none."""
-    if not files:
-        return None
-    return load_registry([Path(file) for file in files], "models").get(model, {}).get("price")
+    return registry(tuple(map(Path, files))).get(model, {}).get("price") if files else None
+
+
+@cache
+def registry(files: tuple[Path, ...]) -> dict:
+    """Return the models of a registry's files."""
+    return load_registry(list(files), "models")
 
 
 def cost(price: dict | None, tokens: dict) -> float | None:
