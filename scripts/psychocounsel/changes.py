@@ -17,8 +17,8 @@ def changed_code(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """Return a phrase for the files of a program whose fingerprints differ, and one for those that it has gained or lost."""
     found = {
         "code of {} changed": [file for file in new if file in old and new[file] != old[file]],
-        "code of {} is new in the program": sorted(new.keys() - old.keys()),
-        "code of {} has left the program": sorted(old.keys() - new.keys()),
+        "its program now uses {}": sorted(new.keys() - old.keys()),
+        "its program no longer uses {}": sorted(old.keys() - new.keys()),
     }
     return [phrase.format(", ".join(files)) for phrase, files in found.items() if files]
 

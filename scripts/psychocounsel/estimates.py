@@ -78,7 +78,7 @@ def speeches(path: str, split: str | None, makers: dict) -> Count:
     job = makers.get(path)
     if job is None:
         rows = (row for _, row in iter_json_lines(Path(path)))
-        return Count(sum(split in (None, row["split"]) for row in rows), EXACT)
+        return Count(sum(split in (None, row.get("split")) for row in rows), EXACT)
     if job.program == "select_speeches":
         return selected(job, path)
     if job.program == "sample_prompts" and job.settings["speeches"] is not None:

@@ -11,7 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -28,6 +28,7 @@ from psychocounsel.provenance import read_record, record_path
 CODE_VERSION = 1  # no result depends on a plan
 
 MARKS = {EXACT: "", ABOUT: "~", AT_MOST: "≤"}
+NOT_MADE = "not made yet"
 NEEDS = ("requests", "tokens in", "tokens out", "money", "GPU hours")
 
 
@@ -45,7 +46,8 @@ class Job:
     limit_s: int | None  # seconds after which the job would be stopped
     causes: list["Cause"] = field(default_factory=list)
     above: list["Job"] = field(default_factory=list)  # the jobs that make its inputs
-    asks: dict | None = None  # what it would ask of a model (chat.planned)
+    asks: dict | None = None  # what it would ask of a model (chat.planned, estimates.expected_requests)
+    least: dict | None = None  # the same where its inputs come out as they lie there now
     complaint: str | None = None  # why its program could not tell
     gpu_hours: float = 0.0
     gpu_meant: int = EXACT
@@ -89,7 +91,6 @@ class Cause:
 
     words: str  # "{}" stands for the file
     file: str | None = None
-    own: bool = True  # False: it only follows from jobs above it
 
 
 # What would run -----------------------------------------------------------------------------------------------------------------------
@@ -148,13 +149,19 @@ def plan(words: list[str]) -> list[Job]:
     jobs = sorted(dry_run(words), key=folder)
     makers = {output: job for job in jobs for output in job.outputs}
     for job in jobs:
-        job.above = list({id(makers[path]): makers[path] for path in job.inputs if path in makers}.values())
+        job.above = distinct(makers[path] for path in job.inputs if path in makers)
+    for job in jobs:
         job.causes = list(causes(job))
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as programs:
         list(programs.map(lambda job: ask_program(job, makers), jobs))
     for job in jobs:
         job.gpu_hours, job.gpu_meant = gpu_hours(job)
     return jobs
+
+
+def distinct(jobs: Iterable[Job]) -> list[Job]:
+    """Return each job once."""
+    return list({id(job): job for job in jobs}.values())
 
 
 def folder(job: Job) -> tuple[str, ...]:
@@ -170,8 +177,8 @@ def causes(job: Job) -> Iterator[Cause]:
     """Yield why a job would run: what concerns itself, then what it only follows from."""
     own = list(own_causes(job))
     yield from own
-    if job.above and not (own and own[0].words == "not made yet"):
-        yield Cause(f"follows from {', '.join(dict.fromkeys(above.rule for above in job.above))}", own=False)
+    if job.above and not (own and own[0].words == NOT_MADE):
+        yield Cause(f"follows from {', '.join(dict.fromkeys(above.rule for above in nearest(job)))}")
     elif not own:
         yield Cause(job.reason)
 
@@ -183,7 +190,7 @@ def own_causes(job: Job) -> Iterator[Cause]:
         yield Cause("forced on the command line")
     missing = reasons.get("Missing output files", [])
     if missing and not job.record and not any(Path(output).exists() for output in job.outputs):
-        yield Cause("not made yet")
+        yield Cause(NOT_MADE)
         return
     if missing:
         yield Cause("{} is missing", missing[0])
@@ -206,6 +213,23 @@ def own_causes(job: Job) -> Iterator[Cause]:
         yield Cause("other input files")
 
 
+def nearest(job: Job) -> list[Job]:
+    """Return the jobs that make a job's inputs, without those that the others among them follow from."""
+    farther = {id(one) for above in job.above for one in everything_above(above)}
+    return [above for above in job.above if id(above) not in farther]
+
+
+def everything_above(job: Job) -> list[Job]:
+    """Return all jobs that a job follows from."""
+    found, waiting = {}, list(job.above)
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in found:
+            found[id(one)] = one
+            waiting.extend(one.above)
+    return list(found.values())
+
+
 def said(reason: str) -> dict[str, list[str]]:
     """Return the files of each phrase of Snakemake's reason."""
     phrases = (phrase.partition(": ") for phrase in reason.split("; "))
@@ -224,17 +248,26 @@ modules = cache(code_modules)
 
 
 def ask_program(job: Job, makers: dict[str, Job]) -> None:
-    """Note what a job would ask of a model: its program counts, where its inputs stay as they are."""
+    """Note what a job would ask of a model: its program counts where its inputs stay as they are, else it is estimated."""
     if "--journal" not in job.command:
         return
-    if job.above or not all(Path(path).is_file() for path in job.inputs):
-        job.asks = expected_requests(job, makers)
+    there = all(Path(path).is_file() for path in job.inputs)
+    if there and not job.above:
+        job.asks = job.least = counted(job)
         return
+    job.asks = job.least = expected_requests(job, makers)
+    if there and job.record:
+        answered = not changed_settings(job.record["identity"]["settings"], job.settings) and Path(job.option("--journal")).is_file()
+        job.least = job.asks | {"left": 0, "cost": 0} if answered else counted(job)
+
+
+def counted(job: Job) -> dict | None:
+    """Return what a job's program would ask with its inputs as they lie there."""
     done = subprocess.run([sys.executable, *job.command, "--plan"], capture_output=True, text=True)
     if done.returncode == 0:
-        job.asks = json.loads(done.stdout) | {"left_meant": EXACT}
-    else:
-        job.complaint = next((line for line in done.stderr.splitlines() if line.startswith("error: ")), "its program failed")
+        return json.loads(done.stdout) | {"left_meant": EXACT}
+    job.complaint = next((line for line in done.stderr.splitlines() if line.startswith("error: ")), "its program failed")
+    return None
 
 
 def gpu_hours(job: Job) -> tuple[float, int]:
@@ -302,11 +335,20 @@ def printed(name: str, count: Count) -> str:
     """Return a number as people read it."""
     if not count.value:
         return "-"
-    if name.startswith("tokens") and count.value >= 1e5:
+    if name == "money":
+        number = dollars(count.value)
+    elif name == "GPU hours":
+        number = f"{count.value:,.2f}"
+    elif name != "requests" and count.value >= 1e5:
         number = f"{count.value / 1e6:,.1f} M"
     else:
-        number = {"money": f"${count.value:,.2f}", "GPU hours": f"{count.value:,.2f}"}.get(name, f"{count.value:,.0f}")
+        number = f"{count.value:,.0f}"
     return f"{MARKS[count.meant]}{number}"
+
+
+def dollars(amount: float) -> str:
+    """Return an amount of money; of less than a cent, the first digits that tell."""
+    return f"${amount:,.2f}" if amount >= 0.01 else f"${amount:.1g}"
 
 
 def alike(jobs: list[Job]) -> list[list[Job]]:
@@ -326,10 +368,16 @@ def reasons(jobs: list[Job]) -> str:
 def table(jobs: list[Job]) -> str:
     """Return the plan for people: a line for the jobs of a rule and a reason, sums, and what the numbers rest on."""
     if not jobs:
-        return "Nothing to do: every file is there and agrees with the config and the code."
+        return "Nothing to do: what is asked for is there and agrees with the config and the code."
     rows = [[group[0].rule, len(group), *numbers(group), reasons(group)] for group in alike(jobs)]
     rows += [SEPARATING_LINE, ["total", len(jobs), *numbers(jobs), ""]]
-    text = tabulate(rows, ["rule", "jobs", *NEEDS, "why"], "simple", colalign=["left", *["right"] * (len(NEEDS) + 1), "left"])
+    text = tabulate(
+        rows,
+        ["rule", "jobs", *NEEDS, "why"],
+        "simple",
+        colalign=["left", *["right"] * (len(NEEDS) + 1), "left"],
+        maxcolwidths=[*[None] * (len(NEEDS) + 2), 76],
+    )
     return "\n\n".join([text, "\n".join(footnotes(jobs))]).rstrip()
 
 
@@ -349,6 +397,11 @@ def footnotes(jobs: list[Job]) -> Iterator[str]:
         yield f"~ or ≤ requests: their inputs are still to be made, so their number is the config's{sizes}."
     if any(job.asks["bound"] for job in asking):
         yield "≤ tokens out, money: with no journalled answer to go by, each counts as the longest (max_tokens), and no input as cached."
+    least = [job.least for job in jobs if job.least]
+    if (left := sum(asks["left"] for asks in least)) < sum(job.asks["left"] for job in asking):
+        spent = sum(asks["cost"] or 0 for asks in least)
+        price = f" (about {dollars(spent)})" if spent else ""
+        yield f"Where rerun stages bring the same again, {left:,} requests{price} are left in all: the journals answer the others."
     if any(job.asks["cost"] for job in asking):
         yield "Money is by the list prices of the models' registry."
     if unpriced := sorted({job.asks["model"] for job in asking if job.asks["endpoint"] == "openai" and job.asks["cost"] is None}):
@@ -357,8 +410,8 @@ def footnotes(jobs: list[Job]) -> Iterator[str]:
         yield "≤ GPU hours: the jobs' time limits times their GPUs; ~ GPU hours: from the time that the rule took before."
     elif any(job.gpu_hours for job in jobs):
         yield "~ GPU hours: from the time that the rule took before."
-    if adopting := dict.fromkeys(job.rule for job in jobs if "--reuse" in job.command and job.above):
-        yield f"Where their inputs come out the same, these adopt their finished outputs from work/cache in seconds: {', '.join(adopting)}."
+    if adopting := dict.fromkeys(job.rule for job in jobs if (kept := job.option("--reuse")) and Path(kept).is_dir()):
+        yield f"On inputs that come out the same, these adopt their finished outputs from work/cache in seconds: {', '.join(adopting)}."
     for job in jobs:
         if job.complaint:
             yield f"{job.rule}: requests unknown: {job.complaint.removeprefix('error: ')}"
@@ -409,4 +462,4 @@ def chain(jobs: list[Job], told: set[int], depth: int) -> Iterator[str]:
     for group in alike(fresh):
         count = f" ({len(group)} jobs)" if len(group) > 1 else ""
         yield f"{'  ' * depth}{group[0].rule}{count}: {reasons(group)}"
-        yield from chain(list({id(above): above for job in group for above in job.above}.values()), told, depth + 1)
+        yield from chain(distinct(above for job in group for above in job.above), told, depth + 1)
