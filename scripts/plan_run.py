@@ -12,7 +12,8 @@ import sys
 import orjson
 
 from psychocounsel.errors import UserError
-from psychocounsel.plan import as_json, plan, table
+from psychocounsel.plan import plan
+from psychocounsel.plan_text import as_json, table
 
 
 def main() -> None:
