@@ -45,6 +45,8 @@ def _changed_value(key: str, old: object, new: object, owner: str | None) -> lis
 def _changed_list(key: str, where: str, old: list, new: list) -> list[str]:
     """Return the phrases for a list: what was added, removed, or changed under its name, or else that the order did."""
     was, now = _by_name(old), _by_name(new)
+    if any(len(name) > LONGEST for name in was.keys() ^ now.keys()):
+        return [f"{where} changed"]
     of_mappings = all(isinstance(item, dict) for item in [*old, *new])
     shown = {name: f"{key.removesuffix('s')} {name!r}" if of_mappings else f"{where}: {name}" for name in {*was, *now}}
     phrases = [f"{shown[name]} added" for name in now if name not in was]
@@ -58,8 +60,8 @@ def _changed_list(key: str, where: str, old: list, new: list) -> list[str]:
 
 
 def _by_name(items: list) -> dict[str, object]:
-    """Return the items of a list by their ids or names; an item without one names itself."""
-    return {_name(item, "id", "name") or (item if isinstance(item, str) else canonical_json(item)): item for item in items}
+    """Return the items of a list by their ids, names or titles; an item without one names itself."""
+    return {_name(item, "id", "name", "title") or (item if isinstance(item, str) else canonical_json(item)): item for item in items}
 
 
 def _name(value: object, *keys: str) -> str | None:
