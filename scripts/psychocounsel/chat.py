@@ -26,7 +26,7 @@ from psychocounsel.endpoints import Endpoint, read_endpoint
 from psychocounsel.errors import UserError
 from psychocounsel.journal import Journal, add_tokens, peek
 from psychocounsel.models import ModelSpec
-from psychocounsel.pricing import CHARACTERS_PER_TOKEN, cost, expected_tokens, read_price
+from psychocounsel.pricing import CHARACTERS_PER_TOKEN, cost, expected_tokens, read_price, usages
 from psychocounsel.records import canonical_json, content_hash, file_sha256
 from psychocounsel.serving import name_at_server, served, transformers_options
 
@@ -142,7 +142,7 @@ def planned(spec: ModelSpec, endpoint: Endpoint, requests: dict[str, ChatRequest
     known = {key: usage for key in requests if key in answered and (usage := answered[key]["usage"])}
     read, length = sum(usage["prompt_tokens"] for usage in known.values()), sum(characters(requests[key]) for key in known)
     longest = spec.sampling.max_tokens if spec.sampling else 0
-    seen = [answer["usage"] for answer in answered.values() if answer["usage"]]
+    seen = usages(answered.values(), spec.id, endpoint.kind)
     tokens = expected_tokens([characters(request) for request in left.values()], seen, read / length if length else None, longest)
     facts = {"model": spec.name, "endpoint": endpoint.kind, "requests": len(requests), "left": len(left)}
     return {**facts, **tokens, "cost": cost(price, tokens), "bound": bool(left) and not seen}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from psychocounsel.config import read_yaml
 from psychocounsel.endpoints import read_endpoint
 from psychocounsel.journal import peek
-from psychocounsel.pricing import cost, expected_tokens, read_price
+from psychocounsel.pricing import cost, expected_tokens, read_price, usages
 from psychocounsel.prompts import render
 from psychocounsel.records import iter_json_lines
 
@@ -39,7 +39,7 @@ def expected_requests(job, makers: dict) -> dict:
     model, kind = job.settings["model"], read_endpoint(job.option("--endpoints"), job.settings["model"]["endpoint"]).kind
     requests = requests_of(job, makers)
     left = Count(0, EXACT) if kind == "local" else requests
-    seen = [answer["usage"] for answer in peek(Path(job.option("--journal"))).values() if answer["usage"]]
+    seen = usages(peek(Path(job.option("--journal"))).values(), model["id"], kind)
     longest = (model.get("sampling") or {}).get("max_tokens", 0)
     tokens = expected_tokens([prompt_characters(job)] * left.value, seen, None, longest)
     if seen:  # of this job's own earlier requests

@@ -71,8 +71,11 @@ def peek(path: Path) -> dict[str, dict]:
     if path.is_file():
         with open(path, "rb") as file:
             for number, line in enumerate((line for line in file if line.endswith(b"\n")), start=1):
-                outcome = journalled(path, number, orjson.loads(line))
-                if outcome["answer"] is not None:
+                try:
+                    outcome = orjson.loads(line)
+                except orjson.JSONDecodeError:
+                    outcome = {}
+                if journalled(path, number, outcome)["answer"] is not None:
                     found[outcome["key"]] = {key: value for key, value in outcome["answer"].items() if key != "text"}
     return found
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -249,21 +250,25 @@ def ask_program(job: Job, makers: dict[str, Job]) -> None:
         return
     there = all(Path(path).is_file() for path in job.inputs)
     if there and not job.above:
-        job.asks = job.least = counted(job)
+        try:
+            job.asks = job.least = counted(job)
+        except UserError as error:
+            job.complaint = str(error)
         return
     job.asks = job.least = expected_requests(job, makers)
     if there and job.record:
         answered = not changed_settings(job.record["identity"]["settings"], job.settings) and Path(job.option("--journal")).is_file()
-        job.least = job.asks | {"left": 0, "cost": 0} if answered else counted(job)
+        with suppress(UserError):  # what lies there now will be made anew
+            job.least = job.asks | {"left": 0, "cost": 0} if answered else counted(job)
 
 
-def counted(job: Job) -> dict | None:
-    """Return what a job's program would ask with its inputs as they lie there."""
+def counted(job: Job) -> dict:
+    """Return what a job's program would ask with its inputs as they lie there; raise UserError with the program's complaint."""
     done = subprocess.run([sys.executable, *job.command, "--plan"], capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout) | {"left_meant": EXACT}
-    job.complaint = next((line for line in done.stderr.splitlines() if line.startswith("error: ")), "its program failed")
-    return None
+    if done.returncode:
+        complaints = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
+        raise UserError(complaints[0] if complaints else f"{job.command[0]} --plan failed")
+    return json.loads(done.stdout) | {"left_meant": EXACT}
 
 
 def gpu_hours(job: Job) -> tuple[float, int]:

@@ -95,6 +95,8 @@ def footnotes(jobs: list[Job]) -> Iterator[str]:
     """Yield what the numbers of a plan rest on."""
     counts = [(name, count) for job in jobs for name, count in needs(job).items() if count.value]
     asking = [job for job in jobs if job.asks and job.asks["left"]]
+    if any(count.meant for _, count in counts):
+        yield "~ is about, ≤ at most; a sum is as vague as its vaguest part."
     if asking:
         yield "Requests are those that the journals do not answer yet; answers that must be asked again are not counted."
     if any(name == "requests" and count.meant for name, count in counts):
@@ -119,7 +121,7 @@ def footnotes(jobs: list[Job]) -> Iterator[str]:
         yield f"On inputs that come out the same, these adopt their finished outputs from work/cache in seconds: {', '.join(adopting)}."
     for job in jobs:
         if job.complaint:
-            yield f"{job.rule}: requests unknown: {job.complaint.removeprefix('error: ')}"
+            yield f"{job.rule}: requests unknown: {job.complaint}"
 
 
 def unread(jobs: list[Job]) -> bool:

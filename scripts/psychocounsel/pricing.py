@@ -3,6 +3,7 @@
 Prices are no part of any result's identity: programs are told the registry's files beside their settings (--prices).
 """
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def cost(price: dict | None, tokens: dict) -> float | None:
     cached_price = price["input"] if price["cached_input"] is None else price["cached_input"]
     dollars = (tokens["prompt_tokens"] - cached) * price["input"] + cached * cached_price + tokens["completion_tokens"] * price["output"]
     return round(dollars / 1_000_000, 6)
+
+
+def usages(answers: Iterable[dict], model: str, endpoint: str) -> list[dict]:
+    """Return the usage of a journal's answers; of a remote endpoint only that of the model with this id: another's answers differ."""
+    remote = endpoint == "openai"  # our own servers name a model by its place
+    of_model = (answer for answer in answers if not remote or (answer["served_model"] or model).startswith(model))
+    return [answer["usage"] for answer in of_model if answer["usage"]]
 
 
 def expected_tokens(characters: list[int], seen: list[dict], per_character: float | None, longest_answer: int) -> dict:

@@ -17,7 +17,7 @@ from psychocounsel.chat import ChatRequest, complete
 from psychocounsel.errors import UserError
 from psychocounsel.journal import Journal, peek
 from psychocounsel.models import ModelSpec
-from psychocounsel.pricing import cost, expected_tokens, read_price
+from psychocounsel.pricing import cost, expected_tokens, read_price, usages
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 KEY = "FAKE_KEY_OF_THIS_TEST"
@@ -72,6 +72,14 @@ def test_tokens_are_expected_as_they_were_seen_or_at_their_most():
     assert expected_tokens([40, 80], usage, 0.5, longest_answer=7) == {"prompt_tokens": 60, "completion_tokens": 6, "cached_tokens": 6}
 
 
+def test_another_models_answers_tell_nothing_of_a_paid_one():
+    answers = [{"usage": {"n": n}, "served_model": name} for n, name in enumerate(["a-2024", "b-2024", None])] + [
+        {"usage": None, "served_model": "a"}
+    ]
+    assert usages(answers, "a", "openai") == [{"n": 0}, {"n": 2}]
+    assert usages(answers, "a", "serve") == [{"n": 0}, {"n": 1}, {"n": 2}]
+
+
 def test_prices_are_inherited(tmp_path):
     (tmp_path / "models.yaml").write_text(yaml.safe_dump({"therapist": MODEL, "cheap": {"extends": "therapist", "title": "y"}}))
     assert read_price([tmp_path / "models.yaml"], "cheap") == MODEL["price"]
@@ -117,9 +125,10 @@ def test_peeking_takes_no_lock_and_leaves_out_an_unfinished_line(tmp_path):
         assert peek(path) == {"k": {"finish_reason": "stop", "usage": None, "served_model": None}}
     assert path.read_bytes().endswith(b'"torn", "ans')
     assert peek(tmp_path / "none.jsonl") == {}
-    path.write_bytes(b'{"key": "k"}\n')
-    with pytest.raises(UserError, match="journal.jsonl:1"):
-        peek(path)
+    for line in (b'{"key": "k"}\n', b"no JSON\n"):
+        path.write_bytes(line)
+        with pytest.raises(UserError, match="journal.jsonl:1"):
+            peek(path)
 
 
 @pytest.fixture
