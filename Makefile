@@ -1,6 +1,8 @@
 # make demo · make test · make lint: each sets up what it needs.
 #   make demo SPEECHES=counsel-chat         the demonstration on real questions (source cache, else downloaded)
 #   make demo SPEECHES=counselling-bench    on questions with recorded answers of real 7B models
+#   make plan                               what `make demo` would run, why, and what it would cost; with SPEECHES, too
+#   make plan STUDY=config/config.yaml PROFILE=slurm   the same of the paper's run
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -8,13 +10,17 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 SPEECHES ?= demo
 STUDY = config/demo.yaml$(if $(filter-out demo,$(SPEECHES)), config/demo_$(subst -,_,$(SPEECHES)).yaml)
+PROFILE = profiles/local
 RUN = demo$(if $(filter-out demo,$(SPEECHES)),-$(SPEECHES))
 
-.PHONY: demo test test-fast lint format dry-run report lock clean-demo
+.PHONY: demo plan test test-fast lint format dry-run report lock clean-demo
 
 demo: .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --quiet reason host
 	@cat results/$(RUN)/summary.txt
+
+plan: .venv/pipeline.ready
+	@python scripts/plan_run.py --profile $(PROFILE) --configfile $(STUDY)
 
 test: .venv/dev.ready
 	pytest -q tests

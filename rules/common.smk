@@ -8,14 +8,15 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 from psychocounsel.config import load_study
 from psychocounsel.errors import UserError
 from psychocounsel.presentation import Presentation
-from psychocounsel.workflow import Workflow, code
+from psychocounsel.workflow import Workflow as StudyWorkflow  # these names live in Snakemake's own module, which has a Workflow
+from psychocounsel.workflow import code
 
 # Snakemake lists the files of the command line before the one that they override; the later of ours wins.
 overriding = workflow.overwrite_configfiles
 config_files = [*(f for f in workflow.configfiles if f not in overriding), *overriding]
 
 try:
-    flow = Workflow(load_study(config, [Path(f) for f in config_files]))
+    flow = StudyWorkflow(load_study(config, [Path(f) for f in config_files]))
 except UserError as error:
     raise WorkflowError(str(error)) from None
 pages = Presentation(flow)
@@ -42,6 +43,11 @@ wildcard_constraints:
 def endpoints_file(wildcards, input):
     """The site's facts about endpoints."""
     return flow.endpoints
+
+
+def price_files(wildcards, input):
+    """The registries of models, for their list prices."""
+    return config["files"]["models"]
 
 
 def cache_option(wildcards, output):

@@ -21,13 +21,15 @@ rule answer_opponent:
         settings=flow.answer_opponent,
         code=code("generate_responses"),
         endpoints=endpoints_file,
+        prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/answers/opponent.jsonl"),
     message:
         "The opponent answers the test speeches"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} --split test {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --journal {params.journal} --out {output.answers} --failed {output.failed} 2> {log}"
+        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
+        " --out {output.answers} --failed {output.failed} 2> {log}"
 
 
 rule answer_speeches:
@@ -51,13 +53,14 @@ rule answer_speeches:
         settings=flow.answer_speeches,
         code=code("generate_responses"),
         endpoints=endpoints_file,
+        prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/answers/{policy}.jsonl"),
     message:
         "{wildcards.policy} answers the test speeches in both settings"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} --split test {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --journal {params.journal} --length-of {input.opponent}"
+        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal} --length-of {input.opponent}"
         " --out {output.free} --out-length {output.length} --failed {output.failed} 2> {log}"
 
 
@@ -83,13 +86,14 @@ rule judge_answers:
         settings=flow.judge_answers,
         code=code("judge_answers"),
         endpoints=endpoints_file,
+        prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/judgements/{policy}.{setting}.jsonl"),
     message:
         "Judge {wildcards.policy} against the opponent, setting {wildcards.setting}, both orders"
     shell:
         "python scripts/judge_answers.py --speeches {input.speeches} --answers {input.answers} --opponent {input.opponent} {params.weights}"
-        " --settings {params.settings:q} --endpoints {params.endpoints} --journal {params.journal}"
+        " --settings {params.settings:q} --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
 
 
@@ -175,13 +179,15 @@ rule answer_checkpoint:
         settings=flow.answer_checkpoint,
         code=code("generate_responses"),
         endpoints=endpoints_file,
+        prices=price_files,
         weights=flow.checkpoint_weights,
         journal=flow.work("journal/answers/{policy}.checkpoint-{checkpoint}.jsonl"),
     message:
         "Checkpoint {wildcards.checkpoint} of {wildcards.policy} answers"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --journal {params.journal} --out {output.answers} --failed {output.failed} 2> {log}"
+        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
+        " --out {output.answers} --failed {output.failed} 2> {log}"
 
 
 use rule judge_answers as judge_checkpoint with:
@@ -199,6 +205,7 @@ use rule judge_answers as judge_checkpoint with:
         settings=flow.judge_checkpoint,
         code=code("judge_answers"),
         endpoints=endpoints_file,
+        prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/judgements/{policy}.checkpoint-{checkpoint}.jsonl"),
     message:

@@ -42,13 +42,15 @@ rule sample_responses:
         settings=flow.sample_responses,
         code=code("generate_responses"),
         endpoints=endpoints_file,
+        prices=price_files,
         weights=flow.sampling_weights,
         journal=flow.work("journal/samples/{policy}.{iteration}.jsonl"),
     message:
         "Sample answers of {wildcards.policy}, iteration {wildcards.iteration}"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --journal {params.journal} --out {output.samples} --failed {output.failed} 2> {log}"
+        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
+        " --out {output.samples} --failed {output.failed} 2> {log}"
 
 
 rule rank_samples:

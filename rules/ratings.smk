@@ -22,13 +22,14 @@ rule rate_responses:
         settings=flow.rate_responses,
         code=code("rate_responses"),
         endpoints=endpoints_file,
+        prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/ratings.jsonl"),
     message:
         "Rate the responses on the seven principles"
     shell:
         "python scripts/rate_responses.py --speeches {input.speeches} --responses {input.responses} {params.weights}"
-        " --settings {params.settings:q} --endpoints {params.endpoints} --journal {params.journal}"
+        " --settings {params.settings:q} --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
 
 

@@ -42,6 +42,7 @@ rule generate_responses:
         settings=flow.generate_responses,
         code=code("generate_responses"),
         endpoints=endpoints_file,
+        prices=price_files,
         weights=weights_option,
         recorded=recorded_option,
         journal=flow.work("journal/responses/{model}.jsonl"),
@@ -50,5 +51,5 @@ rule generate_responses:
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} --assignment {input.assignment}"
         " {params.weights} {params.recorded} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --journal {params.journal}"
+        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
         " --out {output.responses} --failed {output.failed} 2> {log}"

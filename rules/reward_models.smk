@@ -90,13 +90,14 @@ rule rank_pairs:
         settings=flow.rank_pairs,
         code=code("rank_pairs"),
         endpoints=endpoints_file,
+        prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/rankings/{ranker}.jsonl"),
     message:
         "{wildcards.ranker} ranks the test pairs in both orders"
     shell:
         "python scripts/rank_pairs.py --pairs {input.pairs} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --journal {params.journal}"
+        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
         " --out {output.rankings} --failed {output.failed} 2> {log}"
 
 

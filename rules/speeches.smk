@@ -38,13 +38,14 @@ rule label_topics:
         settings=flow.label_topics,
         code=code("label_topics"),
         endpoints=endpoints_file,
+        prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/label_topics.jsonl"),
     message:
         "Give each speech one of the 42 topics"
     shell:
         "python scripts/label_topics.py --speeches {input.speeches} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --journal {params.journal}"
+        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
         " --out {output.topics} --failed {output.failed} 2> {log}"
 
 

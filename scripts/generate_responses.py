@@ -13,6 +13,7 @@ An empty answer is asked again and then a failure; an answer cut off at max_toke
 
 from pydantic import Field
 
+from psychocounsel.asking import add_price_arguments
 from psychocounsel.chat import ChatAnswer, ChatFailure, ChatRequest, complete
 from psychocounsel.errors import UserError
 from psychocounsel.models import ModelSpec, Part, chat_messages
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the answers")
     parser.add_argument("--out-length", help="the answers under the length constraint; with --length-of")
     parser.add_argument("--failed", required=True, help="requests without an answer, with the reason")
+    add_price_arguments(parser)
     with stage(parser) as run:
         check_arguments(run)
         speeches = chosen_speeches(run)
@@ -69,7 +71,8 @@ def main() -> None:
             (setting, speech_id, sample) for setting in words for speech_id in words[setting] for sample in range(run.settings.samples)
         ]
         requests = {place: speech_request(run.settings, speeches, words, *place) for place in places}
-        answers, failures = recorded_answers(run, speeches, requests) if run.args.recorded else asked_answers(run, requests)
+        recorded = run.args.recorded and not run.args.plan  # the plan of recorded answers is that of their endpoint: nothing is asked
+        answers, failures = recorded_answers(run, speeches, requests) if recorded else asked_answers(run, requests)
         run.account("answers", len(requests), len(answers), {"no answer": len(failures)})
         cut_off = sum(answer.finish_reason == "length" for answer in answers)
         run.note(cut_off=cut_off)
@@ -134,7 +137,7 @@ def speech_request(settings: GenerateSettings, speeches: dict, words: dict, sett
 
 def asked_answers(run: Stage, requests: dict[tuple, ChatRequest]) -> tuple[list[ChatAnswer], list[ChatFailure]]:
     """Ask the model, in one go for both settings: a model that is served starts once."""
-    if run.args.weights:
+    if run.args.weights and not run.args.plan:
         run.model(run.args.weights)
     answers, failures, totals = complete(
         run.settings.model,
@@ -145,6 +148,8 @@ def asked_answers(run: Stage, requests: dict[tuple, ChatRequest]) -> tuple[list[
         check=require_text,
         attempts=run.settings.attempts,
         max_failed_share=run.settings.max_failed_share,
+        prices=run.args.prices,
+        plan=run.args.plan,
     )
     run.note(api=totals)
     return answers, failures

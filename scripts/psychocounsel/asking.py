@@ -36,6 +36,13 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoints", required=True, help="file of addresses and rate limits (config/endpoints.yaml)")
     parser.add_argument("--journal", required=True, help="file that keeps every answer at once: after a crash nothing is asked twice")
     parser.add_argument("--failed", required=True, help="requests without a usable answer, with the reason")
+    add_price_arguments(parser)
+
+
+def add_price_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every program that asks a model knows of money."""
+    parser.add_argument("--prices", nargs="+", default=[], metavar="FILE", help="registry of models with list prices (config/models.yaml)")
+    parser.add_argument("--plan", action="store_true", help="ask and write nothing: print requests left after the journal, tokens and cost")
 
 
 def ask(
@@ -43,7 +50,7 @@ def ask(
 ) -> tuple[dict[str, ChatAnswer], dict[str, ChatFailure]]:
     """Ask the model of the settings; account for requests and tokens, write the failures; return answers and failures by request id."""
     settings, args = run.settings, run.args
-    if args.weights:
+    if args.weights and not args.plan:
         run.model(args.weights)
     answers, failures, totals = complete(
         settings.model,
@@ -55,6 +62,8 @@ def ask(
         check=check,
         attempts=settings.attempts,
         max_failed_share=settings.max_failed_share,
+        prices=args.prices,
+        plan=args.plan,
     )
     run.note(api=totals)
     run.account("requests", rows_in=len(requests), rows_out=len(answers), dropped={"no usable answer": len(failures)})

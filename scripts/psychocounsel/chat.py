@@ -1,7 +1,8 @@
 """The one client through which every stage asks chat models: limits, retries, a journal, and failures that are counted.
 
 `complete` answers a list of requests from an OpenAI-compatible address, from a server that it starts (serving.py), or
-from the offline rubric. Whatever the journal holds is not asked again. Faults are of three kinds:
+from the offline rubric. Whatever the journal holds is not asked again. For a plan it asks nothing, prints what it would
+ask as a line of JSON, and ends the program. Faults are of three kinds:
 
   passing    rate limits, time-outs, a server's 5xx: sent again after growing pauses, or as long as Retry-After says
   malformed  the caller's `check` refuses the text: asked again, `attempts` times in all, under the same request_key
@@ -14,6 +15,7 @@ import asyncio
 import logging
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,9 +24,10 @@ from pathlib import Path
 
 from psychocounsel.endpoints import Endpoint, read_endpoint
 from psychocounsel.errors import UserError
-from psychocounsel.journal import Journal, add_tokens
+from psychocounsel.journal import Journal, add_tokens, peek
 from psychocounsel.models import ModelSpec
-from psychocounsel.records import content_hash, file_sha256
+from psychocounsel.pricing import CHARACTERS_PER_TOKEN, cost, expected_tokens, read_price, usages
+from psychocounsel.records import canonical_json, content_hash, file_sha256
 from psychocounsel.serving import name_at_server, served, transformers_options
 
 log = logging.getLogger("psychocounsel")
@@ -90,19 +93,25 @@ def complete(
     check: Callable[[ChatRequest, str], object] = accept_any,
     attempts: int = 3,
     max_failed_share: float = 0.01,
+    prices: list[Path | str] = (),
+    plan: bool = False,
 ) -> tuple[list[ChatAnswer], list[ChatFailure], dict]:
     """Answer the requests; return answers and failures, each in the order of the requests, and totals for the provenance record.
 
     `weights` is the manifest of local weights, `check` raises ValueError(reason) where a text is unusable, `response_schema` holds for
-    requests without one of their own. Equal requests are asked once. The totals' tokens are those of all attempts, journalled or not.
+    requests without one of their own. Equal requests are asked once. The totals' tokens and their cost by the list price in `prices`
+    (the models' registry) are those of all attempts, journalled or not. With `plan` nothing is asked, and the program ends here.
     """
-    endpoint = read_endpoint(Path(endpoints), spec.endpoint)
+    endpoint, price = read_endpoint(Path(endpoints), spec.endpoint), read_price(prices, spec.name)
     identity = model_identity(spec, endpoint, Path(weights) if weights else None)
     formats = {request.id: response_format(spec, request.response_schema or response_schema) for request in requests}
     keys = {request.id: request_key(identity, spec, request, formats[request.id]) for request in requests}
     if len(keys) < len(requests):
         raise ValueError("the ids of requests must be unique")
     unique = {keys[request.id]: request for request in requests}
+    if plan:
+        print(canonical_json(planned(spec, endpoint, unique, peek(Path(journal)), price)))
+        sys.exit()
     totals = {"requests": len(requests), "from_journal": 0, **add_tokens({}, None)}
 
     if endpoint.kind == "local":
@@ -124,7 +133,19 @@ def complete(
     refuse_too_many(spec, failures, len(requests), max_failed_share, journal)
     if endpoint.kind == "openai":
         warn_of_other_model(spec, answers)
-    return answers, failures, totals | {"failed": len(failures)}
+    return answers, failures, totals | {"failed": len(failures), "cost": cost(price, totals)}
+
+
+def planned(spec: ModelSpec, endpoint: Endpoint, requests: dict[str, ChatRequest], answered: dict[str, dict], price: dict | None) -> dict:
+    """Return what is left to ask of requests by key, and its tokens and cost: about, or, without an answer to go by, at most so much."""
+    left = {} if endpoint.kind == "local" else {key: request for key, request in requests.items() if key not in answered}
+    known = {key: usage for key in requests if key in answered and (usage := answered[key]["usage"])}
+    read, length = sum(usage["prompt_tokens"] for usage in known.values()), sum(characters(requests[key]) for key in known)
+    longest = spec.sampling.max_tokens if spec.sampling else 0
+    seen = usages(answered.values(), spec.id, endpoint.kind)
+    tokens = expected_tokens([characters(request) for request in left.values()], seen, read / length if length else None, longest)
+    facts = {"model": spec.name, "endpoint": endpoint.kind, "requests": len(requests), "left": len(left)}
+    return {**facts, **tokens, "cost": cost(price, tokens), "bound": bool(left) and not seen}
 
 
 # What determines an answer ------------------------------------------------------------------------------------------------------------
@@ -186,7 +207,12 @@ class Call:
 
     def tokens(self, longest_answer: int) -> int:
         """Estimate what a token limit counts: a token for four characters of the messages, and the longest answer."""
-        return sum(math.ceil(len(message["content"]) / 4) for message in self.request.messages) + longest_answer
+        return math.ceil(characters(self.request) / CHARACTERS_PER_TOKEN) + longest_answer
+
+
+def characters(request: ChatRequest) -> int:
+    """Return the length of a request's messages."""
+    return sum(len(message["content"]) for message in request.messages)
 
 
 def ask_all(

@@ -42,9 +42,7 @@ class Journal:
             raise UserError(f"{self.path}: another job writes this journal; wait for it or stop it first") from None
         drop_torn_line(self.path)
         for number, outcome in iter_json_lines(self.path):
-            if not {"key", "answer", "reason", "raw", "spent"} <= set(outcome):
-                raise UserError(f"{self.path}:{number}: not a line of a journal; move the file away to ask everything again")
-            self._take(outcome)
+            self._take(journalled(self.path, number, outcome))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,6 +63,28 @@ class Journal:
         if outcome["answer"] is not None:
             self.answers[outcome["key"]] = outcome
         self.spent[outcome["key"]] = add_tokens(self.spent.get(outcome["key"], {}), outcome["spent"])
+
+
+def peek(path: Path) -> dict[str, dict]:
+    """Return the answers of a journal by key, without their texts and without locking it: another job may be writing its last line."""
+    found: dict[str, dict] = {}
+    if path.is_file():
+        with open(path, "rb") as file:
+            for number, line in enumerate((line for line in file if line.endswith(b"\n")), start=1):
+                try:
+                    outcome = orjson.loads(line)
+                except orjson.JSONDecodeError:
+                    outcome = {}
+                if journalled(path, number, outcome)["answer"] is not None:
+                    found[outcome["key"]] = {key: value for key, value in outcome["answer"].items() if key != "text"}
+    return found
+
+
+def journalled(path: Path, number: int, outcome: dict) -> dict:
+    """Return a line of a journal; raise UserError for one that is none."""
+    if not {"key", "answer", "reason", "raw", "spent"} <= set(outcome):
+        raise UserError(f"{path}:{number}: not a line of a journal; move the file away to ask everything again")
+    return outcome
 
 
 def add_tokens(total: dict, usage: dict | None) -> dict[str, int]:

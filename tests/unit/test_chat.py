@@ -72,7 +72,15 @@ def test_answers_come_in_the_order_of_the_requests(tmp_path):
     assert [a.id for a in answers] == [f"r{i}" for i in range(10)]
     assert [a.text for a in answers] == [f"You said: question {i}" for i in range(10)]
     assert failures == []
-    assert totals == {"requests": 10, "from_journal": 0, "prompt_tokens": 20, "completion_tokens": 40, "cached_tokens": 0, "failed": 0}
+    assert totals == {
+        "requests": 10,
+        "from_journal": 0,
+        "prompt_tokens": 20,
+        "completion_tokens": 40,
+        "cached_tokens": 0,
+        "failed": 0,
+        "cost": None,
+    }
     assert answers[0].usage == {"prompt_tokens": 2, "completion_tokens": 4, "cached_tokens": None}
     assert answers[0].served_model == "org/model"
 
