@@ -38,6 +38,13 @@ A damaged run has no root: exit status 1, and nothing on standard output.
 """
 
 
+EXPLAIN = """
+Tells how a cell of a table came about: the formula, the files and records under it with file and line, down to the raw rows of
+client speeches, the raw answers of models and the keys of their requests. The cell is made again from the table's inputs and,
+for win rates and reward models, from single judgements or predictions; exit status 1 where that does not agree.
+"""
+
+
 def main() -> None:
     """Run one of the subcommands and exit with its status."""
     args = command_line().parse_args()
@@ -51,7 +58,7 @@ def command_line() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_verify, add_seal):
+    for add in (add_verify, add_seal, add_explain):
         add(commands)
     return parser
 
@@ -70,6 +77,9 @@ def subcommand(commands, name: str, function, title: str, description: str) -> a
 
 def load_workflow(args: argparse.Namespace) -> Workflow:
     """Return the workflow of the config that the command line names."""
+    for file in args.configfile:
+        if file.suffix not in (".yaml", ".yml", ".json"):
+            raise UserError(f"--configfile {file}: not a config file; is it TARGET? Then name it before --configfile, or after --")
     files = [CONFIG, *args.configfile]
     return Workflow(load_study(read_config(files), files))
 
@@ -138,6 +148,32 @@ def seal(args: argparse.Namespace) -> int:
     if verdict.root:
         print(verdict.root)
     return int(verdict.root is None)
+
+
+# explain
+
+
+def add_explain(commands) -> None:
+    """Add the subcommand explain."""
+    parser = subcommand(commands, "explain", explain, "tell what a cell of a table was computed from", EXPLAIN)
+    parser.add_argument("table", metavar="TABLE", help="a table's name, e.g. win_rates, or its CSV file")
+    parser.add_argument("--row", required=True, help="the row's number, or words of its label, parts of it with | between them")
+    parser.add_argument("--column", required=True, help="the column's header in the CSV file; an interval's ends are columns too")
+    parser.add_argument("--all", action="store_true", help="show every record, not the first few")
+    parser.add_argument("--show-text", action="store_true", help="show the words of clients and models: sensitive")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Explain a cell."""
+    from psychocounsel import lineage  # scikit-learn takes seconds to load
+
+    explanation = lineage.Lineage(load_workflow(args), everything=args.all).explain(args.table, args.row, args.column)
+    if args.json:
+        sys.stdout.write(orjson.dumps(explanation.as_json(args.show_text), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())
+    else:
+        print(lineage.told(explanation, args.show_text))
+    return int(not explanation.sound)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ FINAL = ("report.html", "summary.txt")  # what a finished run has
 # covers what it was made from and how, not its bytes.
 SHOWS_TIMES = "write_report"
 
+MOST_CHANGES = 4  # settings that are named of many
+
 DAMAGE = {  # kind -> what it says of the files under it
     "missing": "gone, though a record or a later file names them",
     "altered": "not the bytes that were written",
@@ -88,7 +90,7 @@ def verify(flow: Workflow, target: Path | None = None) -> Verdict:
     findings += mixed_jobs(evidence, {finding.path for finding in findings})
     readers = evidence.readers()
     for finding in findings:
-        if finding.kind in DAMAGE:
+        if finding.kind in (*DAMAGE, "other config file"):
             finding.affected = sorted(downstream(evidence.stands_for(finding.path), readers) - damaged)
     findings.sort(key=lambda finding: (KINDS.index(finding.kind), finding.path.startswith(RESULTS), finding.path))
     remarks += evidence.remarks()
@@ -337,7 +339,8 @@ def outdated(evidence: Evidence, flow: Workflow) -> Iterator[Finding]:
             if now is None:
                 yield Finding("other settings", path, f"the config has no job {job['rule']} {' '.join(job['wildcards'].values())}".rstrip())
             elif changes := list(differences(identity["settings"], now)):
-                yield Finding("other settings", path, "; ".join(changes))
+                more = [f"and {len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
+                yield Finding("other settings", path, "; ".join([*changes[:MOST_CHANGES], *more]))
 
 
 def mixed_jobs(evidence: Evidence, told: set[str]) -> Iterator[Finding]:
@@ -436,8 +439,8 @@ def report(verdict: Verdict, what: str, seconds: float) -> str:
 
 
 def described(findings: list[Finding]) -> Iterator[str]:
-    """Yield the lines of one kind: each damaged file on its own; what is outdated, by its reason."""
-    if findings[0].kind in DAMAGE:
+    """Yield the lines of one kind: each culprit on its own; what is outdated, by its reason."""
+    if findings[0].kind in (*DAMAGE, "other config file"):
         width = max(len(finding.path) for finding in findings)
         for finding in findings:
             yield f"  {finding.path:<{width}}  {finding.detail}"
