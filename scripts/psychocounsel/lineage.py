@@ -175,11 +175,13 @@ class Cell:
         """Return the place of the row that a number, or words of its label, name."""
         if wanted.isdecimal() and 1 <= int(wanted) <= len(self.labels):
             return int(wanted)
-        words = [word.strip().casefold() for word in wanted.split("|")]
-        exact = [y for y, label in enumerate(self.labels, 1) if set(words) <= {part.casefold() for part in label.split(" | ")}]
-        found = exact or [y for y, label in enumerate(self.labels, 1) if all(word in label.casefold() for word in words)]
+        parts = [label.casefold().split(" | ") for label in self.labels]
+        found = set(range(1, len(parts) + 1))
+        for word in (word.strip().casefold() for word in wanted.split("|")):
+            exact = {y for y, label in enumerate(parts, 1) if word in label}  # "micro-dpo" is not "micro-dpo-iter"
+            found &= exact or {y for y, label in enumerate(parts, 1) if any(word in part for part in label)}
         if len(found) == 1:
-            return found[0]
+            return found.pop()
         rows = "\n".join(f"  {y:>3}  {label}" for y, label in enumerate(self.labels, 1) if y in (found or range(len(self.grid))))
         which = "fits several rows; take a number, or several parts of the label with | between them" if found else "fits no row"
         raise UserError(f"--row {wanted!r} {which}:\n{rows}")

@@ -337,7 +337,8 @@ def outdated(evidence: Evidence, flow: Workflow) -> Iterator[Finding]:
         if job:
             now = settings_now(orjson.dumps(job))
             if now is None:
-                yield Finding("other settings", path, f"the config has no job {job['rule']} {' '.join(job['wildcards'].values())}".rstrip())
+                named = ", ".join(f"{name} {value}" for name, value in job["wildcards"].items())
+                yield Finding("other settings", path, f"the config no longer has {named} for the rule {job['rule']}")
             elif changes := list(differences(identity["settings"], now)):
                 more = [f"and {len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
                 yield Finding("other settings", path, "; ".join([*changes[:MOST_CHANGES], *more]))

@@ -2,8 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +61,10 @@ class Project:
         """Return a file of the micro run's results."""
         return self.folder / "results" / "micro" / name
 
+    def asked(self) -> Counter:
+        """Return how often each model was asked each question."""
+        return Counter((body["model"], body["messages"][-1]["content"]) for body in self.server.requests)
+
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Iterator[Project]:
@@ -88,3 +95,28 @@ def project(tmp_path_factory) -> Iterator[Project]:
             "OMP_NUM_THREADS": "1",
         }
         yield Project(folder, server, environment, sources)
+
+
+@pytest.fixture(scope="session")
+def killed(project) -> Counter:
+    """Start the run, kill -9 Snakemake and its jobs while the reward model is trained; return what was asked of the server."""
+    process = subprocess.Popen(
+        project.command(), **project.options(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    log = project.folder / "logs/micro/train_reward_model/micro-reward.log"
+    deadline = time.monotonic() + 600
+    while not log.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert log.is_file(), "the run ended before it trained"
+    return project.asked()
+
+
+@pytest.fixture(scope="session")
+def finished(project, killed) -> subprocess.CompletedProcess:
+    """Resume the killed run and let it end."""
+    assert project.snakemake("--unlock").returncode == 0
+    done = project.snakemake()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done

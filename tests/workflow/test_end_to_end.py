@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -41,39 +37,9 @@ KINDS = {  # files of a run -> their record type
 }
 
 
-@pytest.fixture(scope="module")
-def killed(project) -> Counter:
-    """Start the run, kill -9 Snakemake and its jobs while the reward model is trained; return what was asked of the server."""
-    process = subprocess.Popen(
-        project.command(), **project.options(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-    )
-    log = project.folder / "logs/micro/train_reward_model/micro-reward.log"
-    deadline = time.monotonic() + 600
-    while not log.is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert log.is_file(), "the run ended before it trained"
-    return asked(project)
-
-
-def asked(project) -> Counter:
-    """Return how often each model was asked each question."""
-    return Counter((body["model"], body["messages"][-1]["content"]) for body in project.server.requests)
-
-
-@pytest.fixture(scope="module")
-def finished(project, killed) -> subprocess.CompletedProcess:
-    """Resume the killed run and let it end."""
-    assert project.snakemake("--unlock").returncode == 0
-    done = project.snakemake()
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done
-
-
 def test_a_killed_run_resumes_without_asking_anything_again(project, killed, finished):
     assert killed, "the kill came before anything was asked"
-    assert set(asked(project).values()) == {1}
+    assert set(project.asked().values()) == {1}
     assigned = sum(len(read_records(f, "assignment")) for f in project.path("03_responses/assignments").glob("scripted-*.jsonl"))
     assert len(project.server.requests) == assigned
 
