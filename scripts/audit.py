@@ -1,8 +1,11 @@
 """Audit a run: is every file the one that was written, and how did a table's cell come about? Needs no Snakemake.
 
-python scripts/audit.py verify --configfile config/demo.yaml
-python scripts/audit.py verify results/demo/10_tables --configfile config/demo.yaml
-python scripts/audit.py seal --configfile config/demo.yaml
+    python scripts/audit.py verify --configfile config/demo.yaml
+    python scripts/audit.py verify results/demo/10_tables --configfile config/demo.yaml
+    python scripts/audit.py seal --configfile config/demo.yaml
+    python scripts/audit.py explain win_rates --row "smollm2-135m + dpo | both orders | without" --column Overall --configfile config/demo.yaml
+
+Run it from the project's root.
 """
 
 import argparse
@@ -27,14 +30,15 @@ of every provenance record, and the hash chain between them. Names the culprit f
 
 exit status:
   0  all well
-  1  damage: missing, altered, unrecorded, or made from other inputs than now lie there; also an error in the command
+  1  damage: missing, altered, unrecorded, or made from other inputs than now lie there
+  2  a mistake in the command or in the config: nothing was verified
   3  whole, but outdated: made by other code or with other settings than now
 """
 SEAL = """
 Verifies the whole run and prints one hash over all of it: the run's root. Put it into a paper, a git tag or a registrar's hands;
 `verify --root HASH` then catches even one who rewrites a file and every record. An identical rerun has the same root: times,
 hosts and costs do not count, and report.html, which shows them, counts by what it was made from and not by its bytes.
-A damaged run has no root: exit status 1, and nothing on standard output.
+A damaged run has no root: exit status 1, and nothing on standard output; what is wrong, or outdated, goes to standard error.
 """
 
 
@@ -51,7 +55,8 @@ def main() -> None:
     try:
         sys.exit(args.subcommand(args))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def command_line() -> argparse.ArgumentParser:

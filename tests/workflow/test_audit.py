@@ -405,7 +405,7 @@ def test_the_text_names_the_culprit_first_and_counts_what_is_affected(flow):
 )
 def test_a_mistake_on_the_command_line_is_told_in_one_message(flow, words, says):
     done = audit(*words)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
 
