@@ -3,7 +3,7 @@
     python scripts/audit.py verify --configfile config/demo.yaml
     python scripts/audit.py verify results/demo/10_tables --configfile config/demo.yaml
     python scripts/audit.py seal --configfile config/demo.yaml
-    python scripts/audit.py explain win_rates --row "smollm2-135m + dpo | both orders | without" --column Overall --configfile config/demo.yaml
+    python scripts/audit.py explain win_rates --row 3 --column Overall --configfile config/demo.yaml
 
 Run it from the project's root.
 """

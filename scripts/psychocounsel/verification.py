@@ -220,9 +220,9 @@ class Evidence:
         return path in self.sha256 and record is not None and record["output"]["sha256"] == self.sha256[path]
 
     def read_as(self, path: str) -> set[str]:
-        """Return the sha256 under which a file without a record was read; where nobody read it, its own."""
+        """Return the sha256 under which a file without a record was read; for others, and where nobody read it, its own."""
         read = {item["sha256"] for _, record in self.good() for item in record["identity"]["inputs"] if item["path"] == path}
-        return read if read and self.records[path] is None else {self.sha256[path]}
+        return read if read and self.records[path] is None else {self.sha256.get(path)}
 
     def readers(self) -> dict[str, set[str]]:
         """Return who read what, by the records: input -> outputs."""
@@ -410,12 +410,13 @@ def listed(paths: Iterable[str], most: int = 3) -> str:
 def root_hash(evidence: Evidence) -> str:
     """Return one hash over the whole chain: of every record all that an identical rerun repeats, of every source its sha256.
 
-    A model's files count through its manifest. The part `run` of the records (times, hosts, tokens) is left out.
+    A model's files count through its manifest. The part `run` of the records (times, hosts, tokens) is left out. A file without
+    a record counts as it was read, so that a registry edited later leaves the root of what was made before as it is.
     """
     leaves = []
     for path, record in evidence.records.items():
         if record is None:
-            leaves.append((path, evidence.sha256.get(path)))
+            leaves.append((path, sorted(evidence.read_as(path))))
             continue
         lasting = {key: value for key, value in record.items() if key not in ("run", "record_sha256")}
         if record["identity"]["program"] == SHOWS_TIMES:

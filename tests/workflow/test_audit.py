@@ -339,11 +339,12 @@ def test_what_a_changed_module_made_is_outdated_and_says_which(flow, monkeypatch
 
 
 def test_a_changed_registry_is_outdated_not_damaged(flow):
-    taxonomy = Path("config/taxonomy.yaml")
+    taxonomy, root = Path("config/taxonomy.yaml"), verify(flow).root
     with kept(taxonomy):
         taxonomy.write_text(taxonomy.read_text() + "\n# a note\n")
         verdict = verify(flow)
         assert [(f.kind, f.path) for f in verdict.findings] == [("other config file", taxonomy.as_posix())]
+        assert (verdict.status, verdict.root) == (3, root)
 
 
 def test_a_job_that_the_config_no_longer_has_is_outdated(flow):
