@@ -193,7 +193,9 @@ class Lineage:
     def __init__(self, flow: Workflow, everything: bool) -> None:
         self.flow, self.most = flow, None if everything else FEW
         self.files: dict[str, list[tuple[int, dict]]] = {}
-        self.indexes: dict[tuple[str, str], dict[str, list[tuple[int, dict]]]] = {}
+        self.indexes: dict[tuple[str, str], dict[str, list[tuple[int, dict]]]] = {}  # (file, field) -> value -> rows
+        self.above: dict[tuple[str, str], list[str]] = {}  # (file, kind) -> its inputs of this kind
+        self.starts: dict[str, dict[int, int]] = {}  # raw file -> row -> line
 
     def explain(self, table: str, row: str, column: str) -> Explanation:
         """Explain one cell."""
@@ -229,14 +231,16 @@ class Lineage:
 
     def inputs(self, path: str, kind: str) -> list[str]:
         """Return the inputs of one kind of a file or, where it has none, of its inputs, and so on upwards."""
-        level, seen = [path], set()
-        while level:
-            above = [item["path"] for file in level for item in self.record(file)["identity"]["inputs"]]
-            if found := [file for file in dict.fromkeys(above) if self.kind(file) == kind]:
-                return found
+        if (path, kind) in self.above:
+            return self.above[path, kind]
+        level, seen, found = [path], set(), []
+        while level and not found:
+            above = dict.fromkeys(item["path"] for file in level for item in self.record(file)["identity"]["inputs"])
+            found = [file for file in above if self.kind(file) == kind]
             seen.update(level)
-            level = [file for file in dict.fromkeys(above) if file not in seen and self.kind(file) not in (None, "raw")]
-        return []
+            level = [file for file in above if file not in seen and self.kind(file) not in (None, "raw")]
+        self.above[path, kind] = found
+        return found
 
     def rows(self, path: str) -> list[tuple[int, dict]]:
         """Return (line, record) of a file of records."""
@@ -293,10 +297,9 @@ class Lineage:
     def paper(self, cell: Cell) -> Node:
         """The registry of the paper's figures."""
         file = self.flow.config["files"]["paper"]
-        section = {"pool": "dataset", "topics": "dataset"}.get(cell.table, cell.table)
         if cell.table == "topics":
             return Node("the paper's counts of topics", self.flow.config["files"]["taxonomy"])
-        place = locate((section, cell.name), [Path(file)]) if cell.table == "reward_models" else locate((section,), [Path(file)])
+        place = locate((cell.table, cell.name), [Path(file)])
         return Node("figures that the paper reports", file, int(place.rpartition(":")[2]) if ":" in place else None)
 
     def named(self, title: str, names: list[str]) -> str:
@@ -425,8 +428,8 @@ class Lineage:
             "n": len(verdicts),
             "sections": evaluate_rewards.benchmark(right, by_id, settings.sections) if settings.sections else None,
         }
-        agrees = again[metric] == result[metric]
-        node = Node(f"{metric} of {name}: {value_of(result[metric])}; again from {len(rows)} verdicts: {value_of(again[metric])}", path)
+        agrees, label = again[metric] == result[metric], "mean of the sections" if metric == "sections" else metric
+        node = Node(f"{label} of {name}: {value_of(result[metric])}; again from {len(rows)} verdicts: {value_of(again[metric])}", path)
         node.agrees = agrees
         for pair_id in self.few(list(verdicts)):
             line, pair = pairs[pair_id]
@@ -506,8 +509,9 @@ class Lineage:
 
     def pair(self, file: str, line: int, row: dict) -> Node:
         """A pair, with its two responses' scores."""
+        models = f"{row['chosen_model'] or 'chosen'} over {row['rejected_model'] or 'rejected'}"
         gap = "" if row["gap"] is None else f", gap {row['gap']:.2f}"
-        node = Node(f"pair {row['pair_id']}: {row['chosen_model']} over {row['rejected_model']}{gap}", file, line)
+        node = Node(f"pair {row['pair_id']}: {models}{gap}", file, line)
         score_files = self.inputs(file, "score")
         for side in ("chosen", "rejected"):
             for place in self.find(score_files, "response_id", row[f"{side}_id"]):
@@ -565,9 +569,9 @@ class Lineage:
 
     def raw_line(self, path: str, row: int) -> int | None:
         """Return the line on which a data row of a raw file begins; None for formats without lines of their own."""
-        if path not in self.indexes:
-            self.indexes[path] = dict(enumerate(raw_lines(Path(path)), start=1))
-        return self.indexes[path].get(row)
+        if path not in self.starts:
+            self.starts[path] = dict(enumerate(raw_lines(Path(path)), start=1))
+        return self.starts[path].get(row)
 
 
 def prediction(file: str, line: int, row: dict) -> Node:
@@ -628,8 +632,13 @@ def branch(node: Node, indent: str, show_text: bool, folded: bool = False) -> It
     key = f"  request {node.request_key[:12]}" if node.request_key else ""
     yield f"{indent}{node.what}{verdict}{place}{key}{' …' if folded and node.under else ''}"
     if show_text and node.text:
-        yield from (f"{indent}    | {line}" for line in node.text.splitlines())
+        yield from (f"{indent}    | {printable(line)}" for line in node.text.split("\n"))
     for number, under in enumerate(() if folded else node.under):
         yield from branch(under, indent + "  ", show_text, folded=bool(number and node.more))
     if node.more and not folded:
         yield f"{indent}  … and {node.more} more; --all shows all in full"
+
+
+def printable(text: str) -> str:
+    """Return a text that does nothing to a terminal: what a model writes may hold control characters."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -29,7 +29,7 @@ FINAL = ("report.html", "summary.txt")  # what a finished run has
 # covers what it was made from and how, not its bytes.
 SHOWS_TIMES = "write_report"
 
-MOST_CHANGES = 4  # settings that are named of many
+MOST_CHANGES, MOST_FILES = 4, 20  # of many: settings that are named for a file, damaged files that are named in the text
 
 DAMAGE = {  # kind -> what it says of the files under it
     "missing": "gone, though a record or a later file names them",
@@ -443,11 +443,13 @@ def report(verdict: Verdict, what: str, seconds: float) -> str:
 def described(findings: list[Finding]) -> Iterator[str]:
     """Yield the lines of one kind: each culprit on its own; what is outdated, by its reason."""
     if findings[0].kind in (*DAMAGE, "other config file"):
-        width = max(len(finding.path) for finding in findings)
-        for finding in findings:
+        width = max(len(finding.path) for finding in findings[:MOST_FILES])
+        for finding in findings[:MOST_FILES]:
             yield f"  {finding.path:<{width}}  {finding.detail}"
             if finding.affected:
                 yield f"    affects {count(finding.affected, 'file')} made from it: {listed(finding.affected)}"
+        if len(findings) > MOST_FILES:
+            yield f"  … and {len(findings) - MOST_FILES} more; --json lists all"
         return
     reasons: dict[str, list[str]] = defaultdict(list)
     for finding in findings:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from psychocounsel.adapters import read_table
 from psychocounsel.errors import UserError
-from psychocounsel.lineage import Cell, raw_lines
+from psychocounsel.lineage import Cell, printable, raw_lines
 
 CELLS = st.text("ab ,\"\n'", max_size=8)
 
@@ -73,3 +73,12 @@ def test_a_row_that_is_none_or_several_is_refused_with_the_choices(tmp_path, row
     (tmp_path / "10_tables" / "wins.csv").write_text(TABLE)
     with pytest.raises(UserError, match=r"2  Free \| dpo \| both orders"):
         Cell(flow_in(tmp_path), "wins", row, "Overall")
+
+
+@given(st.text())
+def test_a_text_is_shown_on_one_line_without_control_characters(text):
+    assert printable(text).isprintable()
+
+
+def test_a_text_without_control_characters_is_shown_as_it_is():
+    assert printable("naïve “quotes” \x1b[2J") == "naïve “quotes” \\x1b[2J"
