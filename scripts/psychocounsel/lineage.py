@@ -8,14 +8,18 @@ import csv
 import gzip
 import io
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
+import orjson
+
 import evaluate_rewards
 import make_tables
+import parse_judgements
+import parse_ratings
 from psychocounsel import adapters, winrates
 from psychocounsel.config import load_registry, locate
 from psychocounsel.errors import UserError, nearest_or_all
@@ -23,6 +27,7 @@ from psychocounsel.provenance import read_record, record_path
 from psychocounsel.records import iter_json_lines
 from psychocounsel.stage import parse_settings
 from psychocounsel.tables import MISSING, read_result, to_csv
+from psychocounsel.texts import normalise
 from psychocounsel.workflow import Workflow
 
 FEW = 3  # records shown of many
@@ -195,7 +200,7 @@ class Lineage:
         self.files: dict[str, list[tuple[int, dict]]] = {}
         self.indexes: dict[tuple[str, str], dict[str, list[tuple[int, dict]]]] = {}  # (file, field) -> value -> rows
         self.above: dict[tuple[str, str], list[str]] = {}  # (file, kind) -> its inputs of this kind
-        self.starts: dict[str, dict[int, int]] = {}  # raw file -> row -> line
+        self.raws: dict[str, tuple[dict[int, int], set]] = {}  # raw file -> line of each row, texts by row
 
     def explain(self, table: str, row: str, column: str) -> Explanation:
         """Explain one cell."""
@@ -263,14 +268,16 @@ class Lineage:
         return found
 
     @cached_property
-    def journals(self) -> dict[str, tuple[str, int]]:
-        """Where each answered request stands in the journals, by its key."""
-        found = {}
+    def journals(self) -> dict[str, list[tuple[str, int, int]]]:
+        """Where answered requests stand in the journals, by their keys: file, line, and byte at which the line begins."""
+        found = defaultdict(list)
         for path in sorted(Path(self.flow.work("journal")).rglob("*.jsonl")):
             with open(path, "rb") as file:
+                start = 0
                 for number, line in enumerate(file, start=1):
                     if line.startswith(b'{"key":"') and b'"answer":null' not in line[:100]:
-                        found[line[8:72].decode("ascii", "replace")] = (path.as_posix(), number)
+                        found[line[8:72].decode("ascii", "replace")].append((path.as_posix(), number, start))
+                    start += len(line)
         return found
 
     def few(self, things: list) -> list:
@@ -445,7 +452,7 @@ class Lineage:
         """A ranker's raw answer on a pair in one order."""
         order = "first" if row["chosen_first"] else "second"
         node = Node(f"answer of {row['ranker']}, the chosen answer shown {order}", file, line, row["request_key"], row["raw"])
-        node.under = self.journal(row["request_key"])
+        node.under = self.journal(row["request_key"], row["raw"])
         return node
 
     # Win rates
@@ -497,7 +504,8 @@ class Lineage:
             if first in raw:
                 raw_file, raw_line, answer = raw[first]
                 judged = Node(f"raw answer of {answer['judge']}", raw_file, raw_line, answer["request_key"], answer["raw"])
-                judged.under = self.journal(answer["request_key"])
+                judged.under = self.journal(answer["request_key"], answer["raw"])
+                judgement.agrees = (parsed(parse_judgements.judgement, answer) or {}).get("verdict") == row["verdict"]
                 judgement.under.append(judged)
             node.under.append(judgement)
         for file, line, row in self.find(self.inputs(path, "response"), "speech_id", speech):
@@ -535,7 +543,8 @@ class Lineage:
             for raw_file, raw_line, raw in self.find(answer_files, "speech_id", row["speech_id"]):
                 if raw["principle"] == rating["principle"]:
                     judge = Node(f"raw answer of {raw['judge']}", raw_file, raw_line, raw["request_key"], raw["raw"])
-                    judge.under = self.journal(raw["request_key"])
+                    judge.under = self.journal(raw["request_key"], raw["raw"])
+                    shown.agrees = rating in (parsed(parse_ratings.rating_rows, raw) or [])
                     shown.under.append(judge)
             node.under.append(shown)
         for place in self.find(self.inputs(file, "response"), "response_id", row["response_id"]):
@@ -544,12 +553,21 @@ class Lineage:
 
     def response(self, file: str, line: int, row: dict) -> Node:
         """A model's answer."""
-        node = Node(f"answer of {row['model']}", file, line, row["request_key"], row["text"], under=self.journal(row["request_key"]))
-        return node
+        came = self.journal(row["request_key"], row["text"])
+        return Node(f"answer of {row['model']}", file, line, row["request_key"], row["text"], under=came)
 
-    def journal(self, key: str) -> list[Node]:
-        """Where an answer stands as it came; nothing for a judge that is computed here."""
-        return [Node("as it came, in the journal", *self.journals[key])] if key in self.journals else []
+    def journal(self, key: str, text: str) -> list[Node]:
+        """Where an answer stands as it came; nothing for a judge that is computed here, or where the journal is gone.
+
+        Two jobs may have asked the same, e.g. a pool's model and the opponent: then the journal that has this text counts.
+        """
+        nodes = []
+        for path, line, start in self.journals.get(key, []):
+            with open(path, "rb") as file:
+                file.seek(start)
+                came = orjson.loads(file.readline())["answer"]["text"]
+            nodes.append(Node("as it came, in the journal", path, line, agrees=came == text))
+        return [node for node in nodes if node.agrees][:1] or nodes[:1]
 
     def speech(self, file: str, speech_id: str) -> Node:
         """A client's speech, the source's row that it is, and the row of the raw file."""
@@ -559,19 +577,36 @@ class Lineage:
         _, line, row = places[0]
         node = Node(f"client speech {speech_id}", file, line, text=row["text"])
         sources = [path for path in self.inputs(file, "source_row") if Path(path).stem == row["source"]]
-        for path, number, found in self.find(sources, "source_row", row["source_row"]):
-            raws = [
-                Node(f"row {row['source_row']} of the raw file", raw, self.raw_line(raw, row["source_row"]))
-                for raw in self.inputs(path, "raw")
-            ]
+        cells = self.find(sources, "source_row", row["source_row"])  # several where a row of the source has several texts
+        same = [cell for cell in cells if normalise(cell[2]["text"]) == row["text"]]
+        node.agrees = bool(same)
+        for path, number, found in same or cells:
+            raws = [self.raw_row(raw, path, found) for raw in self.inputs(path, "raw")]
             node.under.append(Node(f"as {row['source']} has it", path, number, text=found["text"], under=raws))
         return node
 
-    def raw_line(self, path: str, row: int) -> int | None:
-        """Return the line on which a data row of a raw file begins; None for formats without lines of their own."""
-        if path not in self.starts:
-            self.starts[path] = dict(enumerate(raw_lines(Path(path)), start=1))
-        return self.starts[path].get(row)
+    def raw_row(self, raw: str, path: str, found: dict) -> Node:
+        """The row of a raw file that a source's record was read from."""
+        if raw not in self.raws:
+            settings = self.record(path)["identity"]["settings"]
+            columns = adapters.Columns.model_validate(settings["columns"]) if settings["columns"] else None
+            texts = {
+                (speech.row, speech.text)
+                for speech in adapters.read_speeches(Path(raw), settings["adapter"], columns)
+                if isinstance(speech.text, str)
+            }
+            self.raws[raw] = dict(enumerate(raw_lines(Path(raw)), start=1)), texts
+        lines, texts = self.raws[raw]
+        row = found["source_row"]
+        return Node(f"row {row} of the raw file", raw, lines.get(row), agrees=(row, found["text"]) in texts)
+
+
+def parsed(parse: Callable, answer: dict) -> object:
+    """Return what a program reads out of a raw answer, or None where it reads nothing."""
+    try:
+        return parse(answer)
+    except ValueError:
+        return None
 
 
 def prediction(file: str, line: int, row: dict) -> Node:
@@ -614,6 +649,7 @@ def told(explanation: Explanation, show_text: bool) -> str:
         f"{explanation.column} = {explanation.value}",
         f"  formula: {explanation.formula}",
         f"  made again from the table's inputs: {explanation.recomputed}: {'agrees' if explanation.agrees else 'DOES NOT AGREE'}",
+        "  ✓ marks what follows from what stands under it",
         "",
     ]
     for node in explanation.under:
@@ -621,14 +657,17 @@ def told(explanation: Explanation, show_text: bool) -> str:
     if explanation.value == MISSING and not explanation.under:
         lines.append("no value, so nothing is under it; the table's last column says why")
     if not explanation.sound:
-        lines += ["", "Something does not agree: `audit.py verify` tells which file was altered."]
+        lines += [
+            "",
+            "Something does not agree: `audit.py verify` tells which file was altered; a journal has no record and is not verified.",
+        ]
     return "\n".join(lines).rstrip()
 
 
 def branch(node: Node, indent: str, show_text: bool, folded: bool = False) -> Iterator[str]:
     """Yield the lines of a node and of what is under it; of records cut off after a few, all but the first are folded."""
     place = f"  {node.file}{f':{node.line}' if node.line else ''}" if node.file else ""
-    verdict = {None: "", True: " (agrees)", False: " (DOES NOT AGREE)"}[node.agrees]
+    verdict = {None: "", True: " ✓", False: " ✗ DOES NOT AGREE"}[node.agrees]
     key = f"  request {node.request_key[:12]}" if node.request_key else ""
     yield f"{indent}{node.what}{verdict}{place}{key}{' …' if folded and node.under else ''}"
     if show_text and node.text:

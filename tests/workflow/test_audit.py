@@ -490,6 +490,15 @@ def test_a_cell_that_does_not_follow_from_what_is_under_it_is_told(flow):
         done = audit("explain", "win_rates", "--row", "3", "--column", "Overall")
         assert done.returncode == 1
         assert "DOES NOT AGREE" in done.stdout
+    journal = Path("work/micro/journal/answers/micro-dpo.jsonl")
+    ratings = RUN / "04_ratings/ratings.jsonl"
+    for file, old, new, cell in (
+        (journal, '"text":"', '"text":"x', ("win_rates", "3", "Overall")),
+        (ratings, '"score":5', '"score":4', ("pool", "scripted, warm", "Mean score")),
+    ):
+        with kept(file):
+            file.write_text(file.read_text().replace(old, new))
+            assert not Lineage(flow, everything=True).explain(*cell).sound, file
     table = RUN / "10_tables/pool.csv"
     with kept(table):
         table.write_text(table.read_text().replace(",20,", ",21,", 1))
