@@ -135,7 +135,7 @@ class Explanation:
 
     def as_json(self, show_text: bool) -> dict:
         """All of it for scripts; texts only where they are asked for."""
-        return trimmed(asdict(self), show_text)
+        return trimmed({"sound": self.sound} | asdict(self), show_text)
 
 
 def trimmed(value: object, show_text: bool) -> object:
@@ -143,8 +143,9 @@ def trimmed(value: object, show_text: bool) -> object:
     if isinstance(value, list):
         return [trimmed(item, show_text) for item in value]
     if isinstance(value, dict):
-        hidden = () if show_text else ("text",)
-        return {key: trimmed(item, show_text) for key, item in value.items() if key not in hidden and item not in (None, [], 0)}
+        empty = {key for key, item in value.items() if item is None or item == [] or (key, item) == ("more", 0)}
+        hidden = empty if show_text else empty | {"text"}
+        return {key: trimmed(item, show_text) for key, item in value.items() if key not in hidden}
     return value
 
 

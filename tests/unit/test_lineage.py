@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from psychocounsel.adapters import read_table
 from psychocounsel.errors import UserError
-from psychocounsel.lineage import Cell, printable, raw_lines
+from psychocounsel.lineage import Cell, Explanation, Node, printable, raw_lines, told
 
 CELLS = st.text("ab ,\"\n'", max_size=8)
 
@@ -82,3 +82,26 @@ def test_a_text_is_shown_on_one_line_without_control_characters(text):
 
 def test_a_text_without_control_characters_is_shown_as_it_is():
     assert printable("naïve “quotes” \x1b[2J") == "naïve “quotes” \\x1b[2J"
+
+
+def explanation(agrees: bool) -> Explanation:
+    """A cell with one judgement under it, which does or does not follow from the raw answer."""
+    judgement = Node("win", "judgements.jsonl", 3, text="secret words", agrees=agrees, under=[Node("raw answer", "raw.jsonl", 4)], more=2)
+    return Explanation("wins.csv", 2, "dpo", "Overall", "1.000", "mean", "1.000", True, [Node("rate", under=[judgement])])
+
+
+def test_what_does_not_agree_deep_under_a_cell_is_told():
+    for agrees in (True, False):
+        whole = explanation(agrees)
+        facts = whole.as_json(show_text=False)
+        assert whole.sound is facts["sound"] is facts["under"][0]["under"][0]["agrees"] is agrees
+        assert ("DOES NOT AGREE" in told(whole, show_text=False)) is not agrees
+
+
+def test_json_has_texts_on_request_alone_and_no_empty_fields():
+    (rate,) = explanation(True).as_json(show_text=False)["under"]
+    assert rate["under"] == [
+        {"what": "win", "file": "judgements.jsonl", "line": 3, "agrees": True, "more": 2}
+        | {"under": [{"what": "raw answer", "file": "raw.jsonl", "line": 4}]}
+    ]
+    assert explanation(True).as_json(show_text=True)["under"][0]["under"][0]["text"] == "secret words"
