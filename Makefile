@@ -13,7 +13,7 @@ STUDY = config/demo.yaml$(if $(filter-out demo,$(SPEECHES)), config/demo_$(subst
 PROFILE = profiles/local
 RUN = demo$(if $(filter-out demo,$(SPEECHES)),-$(SPEECHES))
 
-.PHONY: demo plan test test-fast lint format dry-run report lock clean-demo
+.PHONY: demo plan test test-fast lint format dry-run audit report lock clean-demo
 
 demo: .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --quiet reason host
@@ -42,11 +42,15 @@ format: .venv/dev.ready
 dry-run: .venv/pipeline.ready
 	snakemake -n --quiet rules
 
+audit: .venv/pipeline.ready
+	python scripts/audit.py verify --configfile $(STUDY)
+
+# Beside the run and not in it: every file of a run has a provenance record.
 report: .venv/pipeline.ready
-	snakemake --profile profiles/local --configfile $(STUDY) --report results/$(RUN)/snakemake_report.html
+	snakemake --profile profiles/local --configfile $(STUDY) --report results/$(RUN).snakemake_report.html
 
 clean-demo:
-	rm -rf results/$(RUN) work/$(RUN) logs/$(RUN)
+	rm -rf results/$(RUN) results/$(RUN).snakemake_report.html work/$(RUN) logs/$(RUN)
 
 # The lock files come from a fresh environment; torch's local build tag (+cpu, +cu…) is site-specific and left out.
 lock:

@@ -102,25 +102,43 @@ def main() -> None:
         dropped = [row for file in args.dropped for row in run.read(file, "dropped_row")]
         scores = [row for file in args.scores for row in run.read(file, "score")]
         pairs = [row for file in args.pairs for row in run.read(file, "pair")]
-        metrics, benchmark = sort_metrics([read_result(run.uses(file), "metrics") for file in args.reward_metrics])
-        win_rates = index_win_rates([read_result(run.uses(file), "win_rates") for file in args.win_rates])
+        metrics = [read_result(run.uses(file), "metrics") for file in args.reward_metrics]
+        win_rates = [read_result(run.uses(file), "win_rates") for file in args.win_rates]
         taxonomy = load_registry([run.uses(args.taxonomy)], "taxonomy")["coarse"]
         paper = load_registry([run.uses(args.paper)], "paper")
-        tables = [
-            dataset_table(speeches, dropped, scores, pairs, paper["dataset"], settings),
-            topic_table(speeches, taxonomy, settings),
-            pool_table(scores, pairs, settings),
-            reward_model_table(metrics, paper, settings),
-            ablation_table(metrics, benchmark, paper["reward_ablation"], settings),
-            win_rate_table(win_rates, speeches, {name: entry["title"] for name, entry in taxonomy.items()}, paper["win_rates"], settings),
-            length_table(win_rates, settings),
-        ]
+        tables = all_tables(speeches, dropped, scores, pairs, metrics, win_rates, taxonomy, paper, settings)
         for table in tables:
-            if settings.note:
-                table.notes.append(settings.note)
             for ending, render in FORMATS.items():
                 run.write_text(Path(args.out_dir) / f"{table.name}.{ending}", render(table))
         run.account("tables", rows_in=len(tables), rows_out=len(tables))
+
+
+def all_tables(
+    speeches: list[dict],
+    dropped: list[dict],
+    scores: list[dict],
+    pairs: list[dict],
+    metrics: list[dict],
+    win_rates: list[dict],
+    taxonomy: dict,
+    paper: dict,
+    settings: TableSettings,
+) -> list[Table]:
+    """Return the tables, each with the note of the settings below it."""
+    on_test_pairs, on_benchmark = sort_metrics(metrics)
+    rates, topics = index_win_rates(win_rates), {name: entry["title"] for name, entry in taxonomy.items()}
+    tables = [
+        dataset_table(speeches, dropped, scores, pairs, paper["dataset"], settings),
+        topic_table(speeches, taxonomy, settings),
+        pool_table(scores, pairs, settings),
+        reward_model_table(on_test_pairs, paper, settings),
+        ablation_table(on_test_pairs, on_benchmark, paper["reward_ablation"], settings),
+        win_rate_table(rates, speeches, topics, paper["win_rates"], settings),
+        length_table(rates, settings),
+    ]
+    for table in tables:
+        table.notes += [settings.note] if settings.note else []
+    return tables
 
 
 def sort_metrics(results: list[dict]) -> tuple[dict[str, dict], dict[str, dict]]:

@@ -18,6 +18,19 @@ KeyPath = tuple[str | int, ...]
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster, where PyYAML was built with it
 
 
+def read_config(files: list[Path]) -> dict:
+    """Return the config of several files, merged as Snakemake does: mappings by key, everything else replaced by the later."""
+    config: dict = {}
+    for file in files:
+        config = merged(config, read_yaml(file) or {})
+    return config
+
+
+def merged(below: dict, above: dict) -> dict:
+    """Return a mapping with what a second one adds or replaces."""
+    return {**below, **{k: merged(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()}}
+
+
 def load_study(config: dict, files: list[Path]) -> "Study":
     """Check a merged config (read from `files`, the later wins) and its registries; return the study or raise UserError."""
     for file in files:
@@ -109,12 +122,6 @@ def check_duplicate_keys(file: Path) -> None:
 
 def resolve_extends(models: dict[str, dict], files: list[Path]) -> dict[str, dict]:
     """Fill entries with what they inherit by `extends` (dicts are merged key by key)."""
-
-    def merged(below: dict, above: dict) -> dict:
-        return {
-            **below,
-            **{k: merged(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()},
-        }
 
     def resolved(name: str, trail: tuple[str, ...]) -> dict:
         entry = models[name]

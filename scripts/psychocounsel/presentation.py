@@ -1,6 +1,8 @@
 """What tables, figures, cards and the report are told beyond the run's own files: titles, order, licences, the paper's rows."""
 
-from psychocounsel.workflow import OURS, Workflow, settings
+import orjson
+
+from psychocounsel.workflow import OURS, Wildcards, Workflow, settings
 
 CODE_VERSION = 1  # only rules use it; what it hands to programs stands in their settings
 
@@ -215,3 +217,13 @@ class Presentation:
             judge=self.judge_of_answers,
             places={what: flow.results(where) for what, where in places.items()},
         )
+
+
+def current_settings(flow: Workflow, job: dict) -> dict | None:
+    """Return the settings that the config gives to a job, {"rule", "wildcards"}, now; None where it has no such job."""
+    owner = next((owner for owner in (flow, Presentation(flow)) if hasattr(owner, job["rule"])), None)
+    try:
+        settings_now = orjson.loads(getattr(owner, job["rule"])(Wildcards(job["wildcards"]))) if owner else None
+    except KeyError:  # a wildcard names a model, policy or source that is gone
+        return None
+    return settings_now and {name: value for name, value in settings_now.items() if name != "job"}

@@ -42,7 +42,7 @@ def read_record(path: Path) -> dict:
     try:
         record = validator("provenance")(orjson.loads(content))
     except ValueError as error:  # no JSON, or not a record: fastjsonschema's exception is one too
-        raise UserError(f"{path}: not a provenance record ({error})") from None
+        raise UserError(f"{path}: not a provenance record of format {FORMAT} ({error})") from None
     if record["record_sha256"] != checksum(record) or rendered(record) != content:
         raise UserError(f"{path}: altered since it was written: its own checksum does not fit")
     if record["identity_sha256"] != content_hash(record["identity"]):

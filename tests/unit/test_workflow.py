@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from psychocounsel.config import Study, load_study
-from psychocounsel.presentation import Presentation
+from psychocounsel.presentation import Presentation, current_settings
 from psychocounsel.stage import Settings, parse_settings, read_settings
 from psychocounsel.workflow import Wildcards, Workflow
 from test_config import merged
@@ -148,3 +148,32 @@ def test_rounds_chain_from_the_base_to_the_last(flow):
             assert flow.round_before(later) == [flow.results(f"07_policies/{policy}/iteration-{earlier.iteration}/checkpoints.json")]
             assert f"iteration-{earlier.iteration}/" in flow.sampling_weights(later)
         assert len(flow.candidates(where[0]).split()) == last * flow.study.policies[policy].get("checkpoints", 1)
+
+
+def rules() -> list[tuple[str, str]]:
+    """Return (rule, function of its settings) of all rules, from the text of the Snakefile's parts."""
+    text = "\n".join(file.read_text() for file in sorted(Path("rules").glob("*.smk")))
+    parts = re.split(r"^(?:use rule \w+ as|rule) (\w+)", text, flags=re.MULTILINE)[1:]
+    return [(name, re.search(r"settings=(?:flow|pages)\.(\w+)", body)[1]) for name, body in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def test_every_rules_settings_carry_its_name():
+    """A record names the job whose settings made it; a later audit asks the config for that job's settings again."""
+    found = rules()
+    assert len(found) > 30
+    assert [rule for rule, function in found if function != rule] == []
+
+
+def test_the_settings_of_a_recorded_job_are_found_again(flow):
+    for _, text in calls(flow):
+        job = json.loads(text)["job"]
+        settings, recorded = read_settings([text])
+        assert recorded == job
+        assert current_settings(flow, job) == settings
+
+
+@pytest.mark.parametrize(
+    "job", [("generate_responses", {"model": "gone"}), ("train_policy", {"policy": "gone", "iteration": "1"}), ("gone", {})]
+)
+def test_a_job_that_the_config_does_not_have_has_no_settings(flow, job):
+    assert current_settings(flow, {"rule": job[0], "wildcards": job[1]}) is None

@@ -76,6 +76,10 @@ class Project:
         """Return a file of the micro run's results."""
         return self.folder / "results" / "micro" / name
 
+    def asked(self) -> Counter:
+        """Return how often each model was asked each question."""
+        return Counter((body["model"], body["messages"][-1]["content"]) for body in self.server.requests)
+
 
 def copy_project(folder: Path) -> None:
     """Copy the project's files, as a clone would have them, with new time stamps."""
@@ -126,12 +130,7 @@ def killed(project) -> Counter:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert log.is_file(), "the run ended before it trained"
-    return asked(project)
-
-
-def asked(project) -> Counter:
-    """Return how often each model was asked each question."""
-    return Counter((body["model"], body["messages"][-1]["content"]) for body in project.server.requests)
+    return project.asked()
 
 
 @pytest.fixture(scope="session")

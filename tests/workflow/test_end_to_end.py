@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import asked
 
 from psychocounsel.records import check_manifest, read_records
 
@@ -40,7 +39,7 @@ KINDS = {  # files of a run -> their record type
 
 def test_a_killed_run_resumes_without_asking_anything_again(project, killed, finished):
     assert killed, "the kill came before anything was asked"
-    assert set(asked(project).values()) == {1}
+    assert set(project.asked().values()) == {1}
     assigned = sum(len(read_records(f, "assignment")) for f in project.path("03_responses/assignments").glob("scripted-*.jsonl"))
     rated = len(read_records(project.path("04_ratings/answers.jsonl"), "rating_answer"))
     assert len(project.server.requests) == assigned + rated

@@ -1,0 +1,15 @@
+"""What verify tells of chains and lists of files; the tampering itself is tried on a finished run (tests/workflow)."""
+
+from psychocounsel.verification import downstream, listed
+
+
+def test_what_was_made_from_a_file_is_found_over_many_steps():
+    readers = {"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": {"e"}, "x": {"a"}}
+    assert downstream("a", readers) == {"b", "c", "d", "e"}
+    assert downstream("a.prov.json", readers) == {"b", "c", "d", "e"}
+    assert downstream("e", readers) == set()
+
+
+def test_a_long_list_is_cut_and_counted():
+    assert listed("abc") == "a, b, c"
+    assert listed("abcde") == "a, b, c and 2 more"
