@@ -317,7 +317,7 @@ def test_what_other_settings_made_is_outdated_and_says_which(flow):
     assert verdict.status == 3
     details = {finding.path: finding.detail for finding in verdict.findings}
     assert {finding.kind for finding in verdict.findings} == {"other settings"}
-    assert details[PAIRS.as_posix()] == "min_gap: 1.0, now 2.0"
+    assert details[PAIRS.as_posix()] == "min_gap: 1.0 -> 2.0"
     assert details[(RUN / "04_ratings/answers.jsonl").as_posix()] == "principle 'clarity' changed: definition"
     assert SCORES.as_posix() not in details
     assert max(map(len, details.values())) < 300
@@ -333,7 +333,7 @@ def test_what_a_changed_module_made_is_outdated_and_says_which(flow, monkeypatch
     monkeypatch.setattr(verification, "code_modules", changed)
     verdict = verify(flow)
     assert verdict.status == 3
-    assert {finding.detail for finding in verdict.findings} == {"changed since: psychocounsel/winrates.py"}
+    assert {finding.detail for finding in verdict.findings} == {"code of psychocounsel/winrates.py changed"}
     assert (RUN / "09_judgements/micro-dpo/free.win_rates.json").as_posix() in {finding.path for finding in verdict.findings}
     assert SCORES.as_posix() not in {finding.path for finding in verdict.findings}
 
@@ -366,7 +366,8 @@ def audit(*words: str, code: str = "") -> subprocess.CompletedProcess:
 
 
 def test_the_command_tells_its_status_and_needs_no_snakemake(flow):
-    blocked = "import sys, runpy; sys.modules['snakemake'] = None; runpy.run_path('scripts/audit.py', run_name='__main__')"
+    blocked = "import sys, runpy; sys.path.insert(0, 'scripts'); sys.modules['snakemake'] = None;"
+    blocked += " runpy.run_path('scripts/audit.py', run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", blocked, "verify", "--json", "-", "--configfile", *FILES[1:]], capture_output=True, text=True
     )

@@ -95,6 +95,18 @@ def test_a_lost_result_is_named(project, finished):
     assert reasons == {"summarise_run": {"results/micro/summary.txt is missing"}}
 
 
+def test_the_audit_tells_why_down_to_the_cause(project, finished):
+    command = [sys.executable, "scripts/audit.py", "why", "results/micro/10_tables/pool.csv", "--configfile"]
+    command += ["tests/workflow/micro.yaml", "work/micro_sources.yaml"]
+    with edited(project.folder / "config/principles.yaml", "The response should be clear,", "The response must be clear,"):
+        told = subprocess.run(command, **project.options(), capture_output=True, text=True).stdout.splitlines()
+    assert told[0].startswith("results/micro/10_tables/pool.csv: ")
+    assert "make_tables: follows from" in told[1]
+    assert any("rate_responses: principle 'clarity' changed: definition" in line for line in told)
+    after = subprocess.run(command, **project.options(), capture_output=True, text=True).stdout
+    assert after == "results/micro/10_tables/pool.csv is up to date: nothing would run.\n"
+
+
 def test_the_papers_run_has_the_papers_counts():
     """Nothing of the paper's run is made here: its counts follow from its config and the paper's number of speeches."""
     command = [sys.executable, "scripts/plan_run.py", "--json", "--profile", "slurm", "--configfile", "config/config.yaml"]
