@@ -1,0 +1,18 @@
+# What the site decides about Slurm jobs, applied to all rules above; no rule. Only profiles/slurm sets `slurm`, a default
+# resource that Snakemake hands on to the jobs that it starts: local runs never come here, and resources rerun nothing.
+
+from psychocounsel import site
+
+if "slurm" in (workflow.resource_settings.default_resources or {}):
+    try:
+        at_site = site.load_site(site.site_file())
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    site.apply(workflow, at_site)
+    shell.prefix(site.before_each_job(at_site).replace("{", "{{").replace("}", "}}"))
+
+    onstart:  # of the driver alone, and not of a dry run
+        try:
+            driver_lock = site.hold_driver_lock()
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
