@@ -1,5 +1,5 @@
-# What the site decides about Slurm jobs, applied to all rules above; no rule. Only profiles/slurm sets `slurm`, a default
-# resource that Snakemake hands on to the jobs that it starts: local runs never come here, and resources rerun nothing.
+# What the site decides about Slurm jobs, applied to all rules above, and the driver's lock; no rule. Only profiles/slurm sets
+# `slurm`, a default resource that Snakemake hands on to the jobs that it starts: local runs are left as they are.
 
 from psychocounsel import site
 
@@ -9,10 +9,12 @@ if "slurm" in (workflow.resource_settings.default_resources or {}):
     except UserError as error:
         raise WorkflowError(str(error)) from None
     site.apply(workflow, at_site)
-    shell.prefix(site.before_each_job(at_site).replace("{", "{{").replace("}", "}}"))
+    if workflow.remote_exec:  # in the jobs, not in the driver
+        shell.prefix(site.before_each_job(at_site).replace("{", "{{").replace("}", "}}"))
 
-    onstart:  # of the driver alone, and not of a dry run
-        try:
-            driver_lock = site.hold_driver_lock()
-        except UserError as error:
-            raise WorkflowError(str(error)) from None
+
+onstart:  # of the driver alone, whatever the profile, and not of a dry run
+    try:
+        driver_lock = site.hold_driver_lock()
+    except UserError as error:
+        raise WorkflowError(str(error)) from None

@@ -7,7 +7,8 @@ is part of a result's identity: a change of the file reruns nothing. rules/site.
 import fcntl
 import os
 import socket
-from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,7 +20,7 @@ SITE_FILE = Path("profiles/slurm/site.yaml")
 DRIVER_LOCK = Path("work/driver.lock")
 SPARE_RETRIES = 2  # as `retries` of the profile: for what a cut time limit does not explain
 SIGNAL_LEAD_S = 60  # Slurm may warn a job so much earlier than asked
-NEEDS_INTERNET = ("fetch_source", "prepare_model")  # rules that download; jobs with a `remote` resource ask an API
+NEEDS_INTERNET = ("prepare_model",)  # as jobs with a `remote` resource, which ask an API; fetch_source is the driver's
 
 
 def site_file() -> Path:
@@ -81,22 +82,23 @@ def before_each_job(site: dict) -> str:
 
 def apply(workflow, site: dict) -> None:
     """Give every rule of a Snakemake workflow the site's resources; those that the profile's set-resources names stay."""
-    groups = workflow.group_settings.overwrite_groups
-    members = Counter(groups.values())
     for rule in workflow.rules:
         chosen = workflow.resource_settings.overwrite_resources.get(rule.name, {})
         needs = Needs(rule.name, rule.resources.get("gpu"), rule.resources.get("remote"))
         for name in slurm_resources(site, 0, False):
             if name == "gpu" or name not in chosen:
                 rule.resources[name] = asked(site, needs, name)
-        # The members of a group run one after another in one job: their times add up to at most the partition's.
-        share = members.get(groups.get(rule.name), 1)
         runtime = rule.resources.get("runtime")
-        rule.resources["mem_mb"] = capped(site, needs, rule.resources.get("mem_mb"), "max_mem_mb", 1)
-        rule.resources["runtime"] = capped(site, needs, runtime, "max_runtime", share)
+        rule.resources["mem_mb"] = capped(site, needs, rule.resources.get("mem_mb"), "max_mem_mb", lambda: 1)
+        rule.resources["runtime"] = capped(site, needs, runtime, "max_runtime", partial(group_size, workflow, rule.name))
         if not runtime.is_evaluable():
-            ceiling = min(site["cpu"]["max_runtime"], site["gpu"]["max_runtime"]) // share
-            rule.restart_times = SPARE_RETRIES + cuts(runtime.value, ceiling)
+            rule.restart_times = SPARE_RETRIES + cuts(runtime.value, min(site["cpu"]["max_runtime"], site["gpu"]["max_runtime"]))
+
+
+def group_size(workflow, rule: str) -> int:
+    """Return how many rules share a rule's job: they run one after another, and their times add up to the job's."""
+    groups = workflow.group_settings.overwrite_groups  # known only after the rules have been read
+    return list(groups.values()).count(groups[rule]) if rule in groups else 1
 
 
 class Needs(NamedTuple):
@@ -120,10 +122,10 @@ def asked(site: dict, needs: Needs, name: str):
     return lambda *args, **context: slurm_resources(site, needs.gpus(*args, **context), needs.internet(*args, **context))[name]
 
 
-def capped(site: dict, needs: Needs, wanted, ceiling: str, share: int):
-    """Return a resource that follows the rule's own, up to the ceiling of the job's partition."""
+def capped(site: dict, needs: Needs, wanted, ceiling: str, sharing: Callable[[], int]):
+    """Return a resource that follows the rule's own, up to the ceiling of the job's partition, which rules that share a job share."""
     return lambda *args, **context: min(
-        wanted.evaluate(*args, **context).value, partition_of(site, needs.gpus(*args, **context))[ceiling] // share
+        wanted.evaluate(*args, **context).value, partition_of(site, needs.gpus(*args, **context))[ceiling] // sharing()
     )
 
 

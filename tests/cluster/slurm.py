@@ -93,10 +93,9 @@ class Cluster:
         (self.state / "munge.key").write_bytes(os.urandom(128))
         (self.state / "munge.key").chmod(0o600)
         try:
-            self.run(
-                "munged", "--force", f"--socket={self.state}/munge.socket", f"--key-file={self.state}/munge.key",
-                f"--pid-file={self.state}/run/munged.pid", f"--log-file={self.state}/log/munged.log", f"--seed-file={self.state}/munge.seed",
-            )  # fmt: skip
+            files = {"socket": "munge.socket", "key-file": "munge.key", "seed-file": "munge.seed", "pid-file": "run/munged.pid"}
+            options = [f"--{option}={self.state / name}" for option, name in (files | {"log-file": "log/munged.log"}).items()]
+            self.run("munged", "--force", *options)
             self.start_controller()
             for node in ("cn1", "gn1"):
                 self.run("slurmd", "-N", node)

@@ -54,12 +54,7 @@ def killed(project) -> Counter:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert log.is_file(), "the run ended before it trained"
-    return asked(project)
-
-
-def asked(project) -> Counter:
-    """Return how often each model was asked each question."""
-    return Counter((body["model"], body["messages"][-1]["content"]) for body in project.server.requests)
+    return project.asked()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +68,7 @@ def finished(project, killed) -> subprocess.CompletedProcess:
 
 def test_a_killed_run_resumes_without_asking_anything_again(project, killed, finished):
     assert killed, "the kill came before anything was asked"
-    assert set(asked(project).values()) == {1}
+    assert set(project.asked().values()) == {1}
     assigned = sum(len(read_records(f, "assignment")) for f in project.path("03_responses/assignments").glob("scripted-*.jsonl"))
     assert len(project.server.requests) == assigned
 
