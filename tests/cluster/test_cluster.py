@@ -1,0 +1,126 @@
+"""One run on a real Slurm: where jobs go, and what is left of it after kills, time limits and a lost controller."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tests.cluster.conftest import POLICY, STUDY, write_site
+
+from psychocounsel.records import check_manifest, read_records
+
+pytestmark = pytest.mark.slow
+
+GPU_RULES = {"rule_train_reward_model", "rule_train_policy", "rule_score_pairs", "rule_select_checkpoint"}
+
+
+def test_the_run_ends_well(run):
+    assert run.driver_state == "COMPLETED", run.driver_log[-6000:]
+    assert (run.project.folder / "results/cluster/report.html").is_file()
+    print(f"\n{len(run.cluster.jobs())} Slurm jobs, {run.seconds:.0f} s; a killed driver cost {run.recovery_s:.0f} s")
+
+
+def test_gpu_rules_run_on_the_gpu_node_with_a_gpu_and_others_do_not(run):
+    places = run.places()
+    assert set(places) >= GPU_RULES
+    for name, found in places.items():
+        for node, gpus in found:
+            assert (node, gpus in ("0", "1")) == (("gn1", True) if name in GPU_RULES else ("cn1", False)), (name, found)
+
+
+def test_steps_that_follow_one_another_share_a_job(run):
+    groups = {name for name in run.places() if name.startswith("group_")}
+    assert {re.sub(r"_.*", "", name.removeprefix("group_")) for name in groups} == {
+        "speeches", "assignments", "pairs", "iteration", "verdicts", "report",
+    }  # fmt: skip
+
+
+def test_a_second_driver_is_refused(run):
+    assert run.refused.returncode == 1
+    assert "another driver of this folder is alive" in run.refused.stderr
+    assert "Traceback" not in run.refused.stderr
+
+
+def test_a_killed_driver_costs_no_request_and_no_job(run):
+    """The orphan is waited for, and its work is taken over: nothing is asked or done a second time."""
+    assert run.at_the_kill, "the kill came while no job ran"
+    assert "waiting for jobs of a killed driver" in run.driver_log
+    assert set(run.project.asked().values()) == {1}
+    speeches = read_records(run.project.folder / "results/cluster/02_speeches/speeches.jsonl", "speech")
+    test_speeches = sum(speech["split"] == "test" for speech in speeches)
+    asked = Counter(body["model"] for body in run.project.server.requests)
+    assert asked == {"scripted-warm": len(speeches) + test_speeches, "scripted-cold": len(speeches)} or asked == {
+        "scripted-warm": len(speeches), "scripted-cold": len(speeches),
+    }  # fmt: skip
+    ended = Counter(job["comment"] for job in run.cluster.jobs("COMPLETED") if job["name"] != "psychocounsel-driver")
+    assert set(ended.values()) == {1}, {name: count for name, count in ended.items() if count > 1}
+
+
+def test_a_cancelled_training_goes_on_in_a_next_job(run):
+    assert [job["state"] for job in run.jobs("train_reward_model")] == ["CANCELLED", "COMPLETED"]
+    assert "going on from" in run.log("train_reward_model/micro-reward.log")
+
+
+def test_a_training_stopped_by_its_time_limit_goes_on_in_a_next_job(run):
+    states = [job["state"] for job in run.jobs("train_policy")]
+    assert len(states) >= 2
+    assert states[-1] == "COMPLETED"
+    assert set(states[:-1]) == {"FAILED"}, "stopped by the warning, with code 75, not killed at the limit"
+    assert "going on from" in run.log("train_policy/micro-dpo-iter.1.log")
+
+
+@pytest.mark.parametrize("result", ["06_reward_models/micro-reward/model/manifest.json", f"{POLICY}/checkpoints.json"])
+def test_disturbed_trainings_end_with_the_same_bytes_as_undisturbed_ones(run, result):
+    disturbed, whole = (folder / "results/cluster" / result for folder in (run.project.folder, run.whole))
+    assert disturbed.read_bytes() == whole.read_bytes()
+    if disturbed.name == "manifest.json":
+        check_manifest(disturbed)
+    logs = [
+        json.loads((file.parent if "07" in result else file.parent.parent).joinpath("training.json").read_text())
+        for file in (disturbed, whole)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_jobs_run_in_the_sites_scratch_folder(run):
+    assert list((run.project.folder / "work").glob("scratch-*"))
+
+
+def test_no_temporary_file_and_no_orphan_is_left(run):
+    assert not list((run.project.folder / "results").rglob("*.part*"))
+    assert not run.cluster.jobs("RUNNING", "PENDING")
+
+
+def test_another_site_file_reruns_nothing(run):
+    write_site(run.project.folder / "work/other_site.yaml", cpu={"partition": "elsewhere"}, gpu={"request": "gres"})
+    dry = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--profile", "slurm", "-n", *STUDY],
+        cwd=run.project.folder, env=run.project.environment | {"PSYCHOCOUNSEL_SITE": "work/other_site.yaml"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Nothing to be done" in dry.stdout + dry.stderr, dry.stdout + dry.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gpu": {"model": "a100"}}, r"site\.yaml:\d+: gpu\.model: --gpus=a100:1 is refused: .*not available"),
+        ({"gpu": {"model": "a100", "request": "gres"}}, r"site\.yaml:\d+: gpu\.model: --gres=gpu:a100:1 is refused: .*not available"),
+        ({"cpu": {"partition": "long"}}, r"site\.yaml:\d+: cpu\.partition: --partition long is refused: .*invalid partition"),
+        ({"cpu": {"constraint": "avx1024"}}, r"site\.yaml:\d+: cpu\.constraint: --constraint avx1024 is refused: .*feature"),
+        ({"gpu": {"max_mem_mb": 900000}}, r"site\.yaml:\d+: gpu\.max_mem_mb: --mem 900000 is refused: .*not available"),
+        ({"gpu": {"max_runtime": 600}}, r"site\.yaml:\d+: gpu\.max_runtime: the partition allows 60 minutes"),
+    ],
+)
+def test_an_impossible_request_is_explained_before_any_job(cluster, tmp_path, change, message):
+    site = write_site(tmp_path / "site.yaml", **change)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "scripts/run_on_slurm.py"], cwd=root, env=cluster.environment | {"PSYCHOCOUNSEL_SITE": str(site)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
