@@ -78,11 +78,13 @@ def test_disturbed_trainings_end_with_the_same_bytes_as_undisturbed_ones(run, re
     assert disturbed.read_bytes() == whole.read_bytes()
     if disturbed.name == "manifest.json":
         check_manifest(disturbed)
-    logs = [
-        json.loads((file.parent if "07" in result else file.parent.parent).joinpath("training.json").read_text())
-        for file in (disturbed, whole)
-    ]
-    assert logs[0] == logs[1]
+    assert training_log(disturbed) == training_log(whole)
+
+
+def training_log(result: Path) -> list[dict]:
+    """Return the log of the training that made a model or a list of checkpoints."""
+    folder = result.parent.parent if result.name == "manifest.json" else result.parent
+    return json.loads((folder / "training.json").read_text())
 
 
 def test_jobs_run_in_the_sites_scratch_folder(run):
@@ -96,10 +98,9 @@ def test_no_temporary_file_and_no_orphan_is_left(run):
 
 def test_another_site_file_reruns_nothing(run):
     write_site(run.project.folder / "work/other_site.yaml", cpu={"partition": "elsewhere"}, gpu={"request": "gres"})
-    dry = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--profile", "slurm", "-n", *STUDY],
-        cwd=run.project.folder, env=run.project.environment | {"PSYCHOCOUNSEL_SITE": "work/other_site.yaml"}, capture_output=True, text=True,
-    )  # fmt: skip
+    environment = run.project.environment | {"PSYCHOCOUNSEL_SITE": "work/other_site.yaml"}
+    command = [sys.executable, "-m", "snakemake", "--profile", "slurm", "-n", *STUDY]
+    dry = subprocess.run(command, cwd=run.project.folder, env=environment, capture_output=True, text=True)
     assert "Nothing to be done" in dry.stdout + dry.stderr, dry.stdout + dry.stderr
 
 
@@ -117,10 +118,10 @@ def test_another_site_file_reruns_nothing(run):
 def test_an_impossible_request_is_explained_before_any_job(cluster, tmp_path, change, message):
     site = write_site(tmp_path / "site.yaml", **change)
     root = Path(__file__).resolve().parents[2]
+    environment = cluster.environment | {"PSYCHOCOUNSEL_SITE": str(site)}
     done = subprocess.run(
-        [sys.executable, "scripts/run_on_slurm.py"], cwd=root, env=cluster.environment | {"PSYCHOCOUNSEL_SITE": str(site)},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [sys.executable, "scripts/run_on_slurm.py"], cwd=root, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
