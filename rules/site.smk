@@ -15,6 +15,6 @@ if "slurm" in (workflow.resource_settings.default_resources or {}):
 
 onstart:  # of the driver alone, whatever the profile, and not of a dry run
     try:
-        driver_lock = site.hold_driver_lock()
+        workflow.globals["driver_lock"] = site.hold_driver_lock()  # a local name would let go of it
     except UserError as error:
         raise WorkflowError(str(error)) from None

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from tests.project import Project, project_copy, scripted_answer  # noqa: E402
 
 STUDY = ("--configfile", "tests/cluster/study.yaml")
 LOOKS = ("--slurm-init-seconds-before-status-checks", "12")  # a trivial job takes about ten seconds here
-BEFORE_THE_GATE = 8  # answers that the server gives at once; then it keeps silent until the driver has been killed
+BEFORE_THE_GATE = 12  # the opponent's eight, and some of a pool model's: answers that the server gives at once; then it keeps silent until the driver has been killed
 POLICY = "07_policies/micro-dpo-iter/iteration-1"
 ON_NODE = re.compile(r"^on (\w+) gpus=(\S+)$", re.MULTILINE)
 
@@ -136,12 +135,14 @@ def run(project, cluster, gate) -> Run:
     run, started = Run(project, cluster), time.monotonic()
     command, first_log = [sys.executable, "scripts/run_on_slurm.py", *STUDY, *LOOKS], project.folder / "first_driver.log"
     with open(first_log, "w") as log:
-        first = subprocess.Popen(command, **project.options(), start_new_session=True, stdout=log, stderr=subprocess.STDOUT)
-    cluster.wait(lambda: gate.count > BEFORE_THE_GATE or first.poll() is not None, "the first requests", 300)
-    assert first.poll() is None, first_log.read_text()
-    run.refused = subprocess.run(command, **project.options(), capture_output=True, text=True, timeout=60)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+        first = subprocess.Popen(command, **project.options(), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        cluster.wait(lambda: gate.count > BEFORE_THE_GATE or first.poll() is not None, "the first requests", 300)
+        assert first.poll() is None, first_log.read_text()
+        run.refused = subprocess.run(command, **project.options(), capture_output=True, text=True, timeout=60)
+    finally:
+        first.kill()
+        first.wait()
     run.at_the_kill = cluster.jobs("RUNNING")
 
     threading.Timer(5, gate.opened.set).start()
