@@ -22,7 +22,7 @@ from tests.project import Project, project_copy, scripted_answer  # noqa: E402
 
 STUDY = ("--configfile", "tests/cluster/study.yaml")
 LOOKS = ("--slurm-init-seconds-before-status-checks", "12")  # a trivial job takes about ten seconds here
-BEFORE_THE_GATE = 12  # the opponent's eight, and some of a pool model's: answers that the server gives at once; then it keeps silent until the driver has been killed
+BEFORE_THE_GATE = 12  # answers at once: the opponent's eight and some of a pool model's; then silence until the driver has been killed
 POLICY = "07_policies/micro-dpo-iter/iteration-1"
 ON_NODE = re.compile(r"^on (\w+) gpus=(\S+)$", re.MULTILINE)
 

@@ -1,8 +1,10 @@
 """The site file: checked with file, line and key; it decides how jobs are asked for, and the profile may still overrule it."""
 
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,3 +162,16 @@ def test_one_driver_at_a_time(tmp_path, monkeypatch):
     with sites.hold_driver_lock(), pytest.raises(UserError, match=rf"another driver .* is alive \(process {os.getpid()} on "):
         sites.hold_driver_lock()
     sites.hold_driver_lock().close()
+
+
+@pytest.mark.slow
+def test_the_papers_run_takes_hundreds_of_slurm_jobs():
+    command = [sys.executable, "-m", "snakemake", "--profile", "slurm", "--configfile", "config/config.yaml", "-n", "--nolock"]
+    dry = subprocess.run([*command, "--forceall"], capture_output=True, text=True, check=True)
+    shown = dry.stdout + dry.stderr
+    single, fetched = re.findall(r"^Job \d+: ", shown, re.MULTILINE), re.findall(r"^Job \d+: Fetch the raw file", shown, re.MULTILINE)
+    groups = re.findall(r"Group job \w+ \(", shown)  # one for each job that several steps share; the driver fetches
+    jobs = len(single) - len(fetched) + len(groups)
+    print(f"{jobs} Slurm jobs")
+    assert 200 < jobs < 400
+    assert len(groups) > 50
