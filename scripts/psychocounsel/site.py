@@ -92,7 +92,9 @@ def apply(workflow, site: dict) -> None:
         rule.resources["mem_mb"] = capped(site, needs, rule.resources.get("mem_mb"), "max_mem_mb", lambda: 1)
         rule.resources["runtime"] = capped(site, needs, runtime, "max_runtime", partial(group_size, workflow, rule.name))
         if workflow.is_main_process and not runtime.is_evaluable():  # in a job it would try again within the job
-            rule.restart_times = SPARE_RETRIES + cuts(runtime.value, min(site["cpu"]["max_runtime"], site["gpu"]["max_runtime"]))
+            more = cuts(runtime.value, min(site["cpu"]["max_runtime"], site["gpu"]["max_runtime"]))
+            if more:
+                rule.restart_times = SPARE_RETRIES + more
 
 
 def group_size(workflow, rule: str) -> int:

@@ -131,7 +131,7 @@ def start_undisturbed(project: Project) -> subprocess.Popen:
 
 @pytest.fixture(scope="session")
 def run(project, cluster, gate) -> Run:
-    """Run the study; kill the driver, restart it as a job, cancel one training, restart the controller during another."""
+    """Run the study; kill the driver, restart it as a job, requeue that, cancel one training, restart the controller during another."""
     run, started = Run(project, cluster), time.monotonic()
     command, first_log = [sys.executable, "scripts/run_on_slurm.py", *STUDY, *LOOKS], project.folder / "first_driver.log"
     with open(first_log, "w") as log:
@@ -147,8 +147,9 @@ def run(project, cluster, gate) -> Run:
 
     threading.Timer(5, gate.opened.set).start()
     driver_job = subprocess.run(
-        ["sbatch", "--parsable", "profiles/slurm/driver.sbatch", *STUDY, *LOOKS], **project.options(), capture_output=True, text=True
-    ).stdout.strip()
+        ["sbatch", "--parsable", "--time=30", "profiles/slurm/driver.sbatch", *STUDY, *LOOKS],
+        **project.options(), capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
     orphan = run.at_the_kill[-1]["id"]
     cluster.wait(lambda: not any(job["id"] == orphan for job in cluster.jobs("RUNNING")), "the orphan's end", 120)
     orphan_ended = time.monotonic()
@@ -157,6 +158,12 @@ def run(project, cluster, gate) -> Run:
 
     run.wait_for_step("train_reward_model/micro-reward.log", 30)
     cluster.run("scancel", run.jobs("train_reward_model")[-1]["id"])
+
+    # As Slurm does before the driver's own time limit; it would let two minutes pass before the driver's next start.
+    cluster.wait(lambda: any(job["state"] == "RUNNING" for job in run.jobs("iteration")), "the sampling", 200)
+    cluster.run("scancel", "--signal=USR1", "--batch", driver_job)
+    cluster.wait(lambda: any(job["id"] == driver_job for job in cluster.jobs("PENDING")), "the driver's return to the queue", 90)
+    cluster.run("scontrol", "update", f"JobId={driver_job}", "StartTime=now")
 
     run.wait_for_step("train_policy/micro-dpo-iter.1.log", 1)
     cluster.stop("slurmctld")

@@ -57,6 +57,11 @@ def test_a_killed_driver_costs_no_request_and_no_job(run):
     assert set(ended.values()) == {1}, {name: count for name, count in ended.items() if count > 1}
 
 
+def test_a_driver_job_comes_back_after_its_time_limit(run):
+    assert run.driver_log.count("Slurm takes such jobs") == 2
+    assert [job["state"] for job in run.jobs("iteration")] == ["COMPLETED"]
+
+
 def test_a_cancelled_training_goes_on_in_a_next_job(run):
     assert [job["state"] for job in run.jobs("train_reward_model")] == ["CANCELLED", "COMPLETED"]
     assert "going on from" in run.log("train_reward_model/micro-reward.log")

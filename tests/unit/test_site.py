@@ -103,7 +103,7 @@ def test_requests_are_cut_to_the_partition_and_a_cut_stage_gets_more_tries():
     asked = applied(site, {"gpu": 1, "mem_mb": 128000, "runtime": 720})
     assert (asked["mem_mb"], asked["runtime"], asked["retries"]) == (100000, 240, 2 + 2)
     asked = applied(site, {"gpu": 1, "mem_mb": 64000, "runtime": 120})
-    assert (asked["mem_mb"], asked["runtime"], asked["retries"]) == (64000, 120, 2)
+    assert (asked["mem_mb"], asked["runtime"], asked["retries"]) == (64000, 120, None)
 
 
 def test_rules_that_share_a_job_share_its_time():
