@@ -2,14 +2,17 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import uuid
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from tests.cluster.conftest import POLICY, STUDY, write_site
 
+import run_on_slurm
 from psychocounsel.records import check_manifest, read_records
 
 pytestmark = pytest.mark.slow
@@ -105,6 +108,28 @@ def test_another_site_file_reruns_nothing(run):
     command = [sys.executable, "-m", "snakemake", "--profile", "slurm", "-n", *STUDY]
     dry = subprocess.run(command, cwd=run.project.folder, env=environment, capture_output=True, text=True)
     assert "Nothing to be done" in dry.stdout + dry.stderr, dry.stdout + dry.stderr
+
+
+@pytest.mark.parametrize(("cancel", "ends"), [(False, "COMPLETED"), (True, "CANCELLED")])
+def test_only_orphans_of_this_folder_are_ended(cluster, tmp_path, monkeypatch, cancel, ends):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here / "profiles/slurm", elsewhere):
+        folder.mkdir(parents=True)
+    shutil.copy("profiles/slurm/config.yaml", here / "profiles/slurm")
+    ours = f"psychocounsel_{uuid.uuid4()}"
+
+    def submit(name: str, folder: Path, *options: str) -> str:
+        words = ["sbatch", "--parsable", "--job-name", name, "--chdir", str(folder), "--output=/dev/null", *options, "--wrap", "sleep 8"]
+        return cluster.run(*words).strip()
+
+    running, held = submit(ours, here), submit(ours, here, "--hold")
+    others = [submit(ours, elsewhere), submit("psychocounsel-driver", here), submit("psychocounsel_mine", here)]
+    cluster.wait(lambda: len(cluster.jobs("RUNNING")) == 4, "running jobs")
+    monkeypatch.chdir(here)
+    run_on_slurm.wait_for_orphans(cancel)
+    states = {job["id"]: job["state"] for job in cluster.jobs()}
+    assert (states[running], states[held]) == (ends, "CANCELLED")
+    assert "CANCELLED" not in {states[job] for job in others}
 
 
 @pytest.mark.parametrize(
