@@ -132,6 +132,18 @@ def test_only_orphans_of_this_folder_are_ended(cluster, tmp_path, monkeypatch, c
     assert "CANCELLED" not in {states[job] for job in others}
 
 
+def test_a_driver_job_hands_sigint_on(cluster, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    program = "import time\ntry:\n    print('up', flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    print('cancelling my jobs')\n"
+    (tmp_path / "scripts/run_on_slurm.py").write_text(program)
+    job = cluster.run("sbatch", "--parsable", f"--chdir={tmp_path}", "profiles/slurm/driver.sbatch").strip()
+    log = tmp_path / f"slurm-driver-{job}.log"
+    cluster.wait(lambda: log.is_file() and "up" in log.read_text(), "the driver")
+    cluster.run("scancel", "--signal=INT", "--batch", job)
+    cluster.wait(lambda: any(one["id"] == job for one in cluster.jobs("COMPLETED")), "the driver's end")
+    assert "cancelling my jobs" in log.read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
