@@ -21,7 +21,7 @@ from tests.fakes.openai_server import Reply  # noqa: E402
 from tests.project import Project, project_copy, scripted_answer  # noqa: E402
 
 STUDY = ("--configfile", "tests/cluster/study.yaml")
-LOOKS = ("--slurm-init-seconds-before-status-checks", "12")  # a trivial job takes about ten seconds here
+LOOKS = ("--slurm-init-seconds-before-status-checks", "14")  # a trivial job takes eight to thirteen seconds here
 BEFORE_THE_GATE = 12  # answers at once: the opponent's eight and some of a pool model's; then silence until the driver has been killed
 POLICY = "07_policies/micro-dpo-iter/iteration-1"
 ON_NODE = re.compile(r"^on (\w+) gpus=(\S+)$", re.MULTILINE)
