@@ -223,10 +223,10 @@ def log_entry(entry: dict) -> dict:
     """Return a step of trl's log without what misleads there.
 
     Its epoch is our whole training, its count of tokens starts anew on resuming, and its extreme rewards are means of each
-    padded batch's extremes, so that they change with per_device_batch_size.
+    padded batch's extremes, so that they change with per_device_batch_size. The names are sorted, as a resumed log's are.
     """
     left_out = ("step", "epoch", "num_tokens", "min_reward", "max_reward")
-    return {"step": entry["step"], **{name: value for name, value in entry.items() if name not in left_out}}
+    return {"step": entry["step"], **{name: value for name, value in sorted(entry.items()) if name not in left_out}}
 
 
 def first_process_only() -> None:

@@ -120,8 +120,9 @@ class Run:
 def start_undisturbed(project: Project) -> subprocess.Popen:
     """Train once more in a copy without the trainings' results, on this machine and undisturbed."""
     copy = project.folder.with_name("undisturbed")
-    trained = shutil.ignore_patterns("06_reward_models", "checkpoints*", "training.json*", "pairs.*", "rewards.*", "locks", "*.part")
-    shutil.copytree(project.folder, copy, ignore=lambda at, names: trained(at, names) if "config" not in at else [], symlinks=True)
+    shutil.copytree(project.folder, copy, ignore=shutil.ignore_patterns("locks", "*.part"), symlinks=True)
+    for trained in ("results/cluster/06_reward_models", "results/cluster/07_policies", "work/cluster/checkpoints"):
+        shutil.rmtree(copy / trained)
     target = f"results/cluster/{POLICY}/checkpoints.json"
     return subprocess.Popen(
         [sys.executable, "-m", "snakemake", "--profile", "profiles/local", *STUDY, "--", target],
