@@ -3,7 +3,9 @@
 
 from psychocounsel import site
 
-if "slurm" in (workflow.resource_settings.default_resources or {}):
+has_site = "slurm" in (workflow.resource_settings.default_resources or {})
+
+if has_site:
     try:
         at_site = site.load_site(site.site_file())
     except UserError as error:
@@ -14,6 +16,8 @@ if "slurm" in (workflow.resource_settings.default_resources or {}):
 
 
 onstart:  # of the driver alone, whatever the profile, and not of a dry run
+    if workflow.executor_plugin.name == "slurm" and not has_site:
+        raise WorkflowError("--default-resources replaces those of profiles/slurm: add slurm=1 to it, or no site file is applied")
     try:
         workflow.globals["driver_lock"] = site.hold_driver_lock()  # a local name would let go of it
     except UserError as error:
