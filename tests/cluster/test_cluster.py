@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.cluster.conftest import POLICY, STUDY, write_site
+from tests.cluster.conftest import LOOKS, POLICY, STUDY, write_site
 
 import run_on_slurm
 from psychocounsel.records import check_manifest, read_records
@@ -106,6 +106,20 @@ def test_another_site_file_reruns_nothing(run):
     command = [sys.executable, "-m", "snakemake", "--profile", "slurm", "-n", *STUDY]
     dry = subprocess.run(command, cwd=run.project.folder, env=environment, capture_output=True, text=True)
     assert "Nothing to be done" in dry.stdout + dry.stderr, dry.stdout + dry.stderr
+
+
+def test_gpus_may_be_asked_for_by_gres(run):
+    write_site(run.project.folder / "work/gres_site.yaml", gpu={"request": "gres"})
+    environment = run.project.environment | {"PSYCHOCOUNSEL_SITE": "work/gres_site.yaml"}
+    target = "results/cluster/06_reward_models/micro-reward/predictions.jsonl"
+    command = [sys.executable, "scripts/run_on_slurm.py", *STUDY, *LOOKS, "--force", "--", target]
+    done = subprocess.run(command, cwd=run.project.folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = run.jobs("score_pairs")[-1]
+    log = next((run.project.folder / ".snakemake/slurm_logs/rule_score_pairs").rglob(f"{job['id']}.log"))
+    assert "on gn1 gpus=0" in log.read_text()
+    asked = run.cluster.run("squeue", "--noheader", "--states=all", "--jobs", job["id"], "--Format=tres-per-node:100")
+    assert asked.strip() == "gres:gpu:h100:1"
 
 
 @pytest.mark.parametrize(("cancel", "ends"), [(False, "COMPLETED"), (True, "CANCELLED")])
