@@ -160,11 +160,11 @@ def run(project, cluster, gate) -> Run:
     run.wait_for_step("train_reward_model/micro-reward.log", 30)
     cluster.run("scancel", run.jobs("train_reward_model")[-1]["id"])
 
-    # As Slurm does before the driver's own time limit; it would let two minutes pass before the driver's next start.
+    # As Slurm does before the driver's own time limit. It would let two minutes pass before the next start; at once it refuses.
     cluster.wait(lambda: any(job["state"] == "RUNNING" for job in run.jobs("iteration")), "the sampling", 200)
     cluster.run("scancel", "--signal=USR1", "--batch", driver_job)
     cluster.wait(lambda: any(job["id"] == driver_job for job in cluster.jobs("PENDING")), "the driver's return to the queue", 90)
-    cluster.run("scontrol", "update", f"JobId={driver_job}", "StartTime=now")
+    cluster.run("scontrol", "update", f"JobId={driver_job}", "StartTime=now+10")
 
     run.wait_for_step("train_policy/micro-dpo-iter.1.log", 1)
     cluster.stop("slurmctld")
