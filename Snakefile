@@ -16,6 +16,7 @@ include: "rules/reward_models.smk"
 include: "rules/policies.smk"
 include: "rules/evaluation.smk"
 include: "rules/report.smk"
+include: "rules/site.smk"
 
 
 rule all:

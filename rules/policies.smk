@@ -68,6 +68,7 @@ rule rank_samples:
         "../envs/train.yaml"
     threads: 2
     resources:
+        gpu=flow.policy_gpus,
         mem_mb=8000,
         runtime=120,
     params:

@@ -31,9 +31,12 @@ rule label_topics:
     log:
         flow.logs("label_topics.log"),
     conda:
-        "../envs/data.yaml"
+        "../envs/serve.yaml"
     resources:
         remote=flow.remote_slots(config["topics"]["judge"]),
+        gpu=flow.gpus(config["topics"]["judge"]),
+        mem_mb=8000,
+        runtime=720,
     params:
         settings=flow.label_topics,
         code=code("label_topics"),

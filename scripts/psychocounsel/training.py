@@ -4,6 +4,7 @@ A training keeps what a later start can take up in its resume folder: checkpoint
 only for the same settings, inputs and code. A checkpoint counts once its marker is written, the last of its files.
 """
 
+import fcntl
 import math
 import os
 import shutil
@@ -45,15 +46,27 @@ class Work:
         self.log, self.name = folder / "log.json", folder / "identity.txt"
 
     def prepare(self) -> None:
-        """Make the folder ready; remove what another identity left there."""
+        """Lock the folder and make it ready; remove what another identity left there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
         if self._is_mine():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in [*self.folder.glob("checkpoint-*"), *self.folder.glob("model-*")]:
             log.info("%s: of a training with other settings, inputs or code; removed", leftover)
             shutil.rmtree(leftover)
         self.log.unlink(missing_ok=True)
         self.name.write_text(self.identity)
+
+    def _lock(self) -> None:
+        """Let nobody else train here until finish() or the end of this process; of several processes the first holds the lock."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        self.lock = open(self.folder / "lock", "ab")  # noqa: SIM115 (held open)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.close()
+            raise UserError(f"{self.folder}: another process trains here; wait for it or stop it first") from None
 
     def _is_mine(self) -> bool:
         return self.name.is_file() and self.name.read_text() == self.identity
@@ -78,10 +91,11 @@ class Work:
         return orjson.loads(self.log.read_bytes())
 
     def finish(self, entries: list[dict]) -> None:
-        """Keep the log, which says that the training is finished, and drop the checkpoints."""
+        """Keep the log, which says that the training is finished, drop the checkpoints and release the lock."""
         self.log.write_bytes(orjson.dumps(entries))
         for folder in self.folder.glob("checkpoint-*"):
             shutil.rmtree(folder)
+        self.lock.close()
 
 
 def _step(checkpoint: Path) -> int:
@@ -207,10 +221,10 @@ def log_entry(entry: dict) -> dict:
     """Return a step of trl's log without what misleads there.
 
     Its epoch is our whole training, its count of tokens starts anew on resuming, and its extreme rewards are means of each
-    padded batch's extremes, so that they change with per_device_batch_size.
+    padded batch's extremes, so that they change with per_device_batch_size. The names are sorted, as a resumed log's are.
     """
     left_out = ("step", "epoch", "num_tokens", "min_reward", "max_reward")
-    return {"step": entry["step"], **{name: value for name, value in entry.items() if name not in left_out}}
+    return {"step": entry["step"], **{name: value for name, value in sorted(entry.items()) if name not in left_out}}
 
 
 def first_process_only() -> None:

@@ -481,7 +481,21 @@ def test_leftovers_of_another_training_are_removed_and_other_files_are_not(data,
     assert not other.finished()
     other.prepare()
     assert not one.finished()
-    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["identity.txt", "notes.txt"]
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["identity.txt", "lock", "notes.txt"]
+
+
+def test_two_trainings_never_share_a_resume_folder(tmp_path, monkeypatch):
+    from psychocounsel.training import Work
+
+    first, second = (Work(tmp_path / "work", "same", models=1) for _ in range(2))
+    first.prepare()
+    with pytest.raises(UserError, match="another process trains here"):
+        second.prepare()
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")  # a further process of the first training
+        second.prepare()
+    first.finish([{"step": 1}])
+    second.prepare()
 
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Project, copy_project
+from tests.project import ROOT, Project, copy_project
 
 from psychocounsel.provenance import read_record, record_path
 from psychocounsel.records import read_records

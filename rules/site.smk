@@ -1,0 +1,24 @@
+# What the site decides about Slurm jobs, applied to all rules above, and the driver's lock; no rule. Only profiles/slurm sets
+# `slurm`, a default resource that Snakemake hands on to the jobs that it starts: local runs are left as they are.
+
+from psychocounsel import site
+
+has_site = "slurm" in (workflow.resource_settings.default_resources or {})
+
+if has_site:
+    try:
+        at_site = site.load_site(site.site_file())
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    site.apply(workflow, at_site)
+    if workflow.remote_exec:  # in the jobs, not in the driver
+        shell.prefix(site.before_each_job(at_site).replace("{", "{{").replace("}", "}}"))
+
+
+onstart:  # of the driver alone, whatever the profile, and not of a dry run
+    if workflow.executor_plugin.name == "slurm" and not has_site:
+        raise WorkflowError("--default-resources replaces those of profiles/slurm: add slurm=1 to it, or no site file is applied")
+    try:
+        workflow.globals["driver_lock"] = site.hold_driver_lock()  # a local name would let go of it
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
