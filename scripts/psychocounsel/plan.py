@@ -128,7 +128,7 @@ def as_job(event: logging.LogRecord) -> Job:
     words = shlex.split(event.shellcmd)
     start = next(number for number, word in enumerate(words) if word.startswith("scripts/") and word.endswith(".py"))
     end = next((number for number, word in enumerate(words) if word == "2>"), len(words))
-    minutes, gpus = event.resources.get("runtime"), event.resources.get("gpu")
+    minutes = event.resources.get("runtime")
     return Job(
         rule=event.rule_name,
         wildcards=dict(event.wildcards),
@@ -136,9 +136,15 @@ def as_job(event: logging.LogRecord) -> Job:
         outputs=list(event.output),
         reason=event.reason,
         command=words[start:end],
-        gpus=gpus if isinstance(gpus, int) else 0,
+        gpus=requested_gpus(event.resources),
         limit_s=60 * minutes if isinstance(minutes, int) else None,
     )
+
+
+def requested_gpus(resources: dict) -> int:
+    """Return the GPUs of a job, whichever way its site asks for them (site.yaml: gpu.request)."""
+    gpus = resources.get("gpu") or str(resources.get("gres") or "").rpartition(":")[2]
+    return int(gpus) if str(gpus).isdigit() else 0
 
 
 def plan(words: list[str]) -> list[Job]:

@@ -12,6 +12,7 @@ import pytest
 from tests.cluster.conftest import LOOKS, POLICY, STUDY, write_site
 
 import run_on_slurm
+from psychocounsel.provenance import read_record, record_path
 from psychocounsel.records import check_manifest, read_records
 
 pytestmark = pytest.mark.slow
@@ -92,6 +93,15 @@ def test_disturbed_trainings_end_with_the_same_bytes_as_undisturbed_ones(run, re
 def training_log(result: Path) -> Path:
     """Return the log of the training that made a model or a list of checkpoints."""
     return (result.parent.parent if result.name == "manifest.json" else result.parent) / "training.json"
+
+
+def test_records_name_their_slurm_job_and_the_run_verifies(run):
+    record = read_record(record_path(run.project.folder / "results/cluster/06_reward_models/micro-reward/model/manifest.json"))
+    assert record["run"]["slurm"]["job_id"] == run.jobs("train_reward_model")[-1]["id"]
+    assert record["run"]["slurm"]["job_partition"] == "gpu"
+    command = [sys.executable, "scripts/audit.py", "verify", *STUDY]
+    verified = subprocess.run(command, cwd=run.project.folder, capture_output=True, text=True)
+    assert verified.returncode == 0, verified.stdout
 
 
 def test_jobs_run_in_the_sites_scratch_folder(run):

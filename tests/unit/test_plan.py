@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from psychocounsel import plan
 from psychocounsel.estimates import ABOUT, AT_MOST, EXACT, assignments, pairs, requests_of, speeches
-from psychocounsel.plan import Cause, Job, causes, gpu_hours, nearest
+from psychocounsel.plan import Cause, Job, causes, gpu_hours, nearest, requested_gpus
 from psychocounsel.plan_text import alike, needs, reasons, sums, table
 
 MISSING = "Missing output files: results/run/01/a.jsonl"
@@ -156,3 +156,8 @@ def test_counts_come_from_the_jobs_that_make_the_inputs_and_else_from_the_files(
     assert requests_of(judging, {}) == (4, EXACT)  # two test speeches, both orders
     rating = job(program="rate_responses", settings={"principles": [1, 2]}, words={"speeches": "speeches"})
     assert requests_of(rating, {}) == (6, EXACT)
+
+
+def test_gpus_are_counted_whichever_way_they_are_asked_for():
+    asked = [{"gpu": 2}, {"gres": "gpu:h100:4"}, {"gres": "gpu:1", "gpu": None}, {"gpu": 0}, {}, {"gpu": "<TBD>"}, {"gres": None}]
+    assert [requested_gpus(resources) for resources in asked] == [2, 4, 1, 0, 0, 0, 0]
