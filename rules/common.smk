@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 from psychocounsel.config import load_study
 from psychocounsel.errors import UserError
 from psychocounsel.presentation import Presentation
+from psychocounsel.slices import Slices
 from psychocounsel.workflow import Workflow as StudyWorkflow  # these names live in Snakemake's own module, which has a Workflow
 from psychocounsel.workflow import code
 
@@ -19,6 +20,7 @@ try:
     flow = StudyWorkflow(load_study(config, [Path(f) for f in config_files]))
 except UserError as error:
     raise WorkflowError(str(error)) from None
+slices = Slices(flow)
 pages = Presentation(flow)
 
 

@@ -18,7 +18,7 @@ rule answer_opponent:
         mem_mb=8000,
         runtime=240,
     params:
-        settings=flow.answer_opponent,
+        settings=slices.answer_opponent,
         code=code("generate_responses"),
         endpoints=endpoints_file,
         prices=price_files,
@@ -50,7 +50,7 @@ rule answer_speeches:
         mem_mb=8000,
         runtime=240,
     params:
-        settings=flow.answer_speeches,
+        settings=slices.answer_speeches,
         code=code("generate_responses"),
         endpoints=endpoints_file,
         prices=price_files,
@@ -83,7 +83,7 @@ rule judge_answers:
         mem_mb=8000,
         runtime=720,
     params:
-        settings=flow.judge_answers,
+        settings=slices.judge_answers,
         code=code("judge_answers"),
         endpoints=endpoints_file,
         prices=price_files,
@@ -108,7 +108,7 @@ rule parse_judgements:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.parse_judgements,
+        settings=slices.parse_judgements,
         code=code("parse_judgements"),
     message:
         "Parse the judgements of {wildcards.policy}, setting {wildcards.setting}"
@@ -130,7 +130,7 @@ rule compute_win_rates:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.compute_win_rates,
+        settings=slices.compute_win_rates,
         code=code("compute_win_rates"),
     message:
         "Win rates of {wildcards.policy}, setting {wildcards.setting}"
@@ -152,7 +152,7 @@ rule sample_test_speeches:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.sample_test_speeches,
+        settings=slices.sample_test_speeches,
         code=code("sample_prompts"),
     message:
         "Draw the test speeches on which checkpoints are judged"
@@ -176,7 +176,7 @@ rule answer_checkpoint:
         mem_mb=8000,
         runtime=120,
     params:
-        settings=flow.answer_checkpoint,
+        settings=slices.answer_checkpoint,
         code=code("generate_responses"),
         endpoints=endpoints_file,
         prices=price_files,
@@ -202,7 +202,7 @@ use rule judge_answers as judge_checkpoint with:
     log:
         flow.logs("judge_checkpoint/{policy}.{checkpoint}.log"),
     params:
-        settings=flow.judge_checkpoint,
+        settings=slices.judge_checkpoint,
         code=code("judge_answers"),
         endpoints=endpoints_file,
         prices=price_files,
@@ -221,7 +221,7 @@ use rule parse_judgements as parse_checkpoint with:
     log:
         flow.logs("parse_checkpoint/{policy}.{checkpoint}.log"),
     params:
-        settings=flow.parse_checkpoint,
+        settings=slices.parse_checkpoint,
         code=code("parse_judgements"),
     message:
         "Parse the judgements of checkpoint {wildcards.checkpoint} of {wildcards.policy}"
@@ -238,7 +238,7 @@ use rule compute_win_rates as compute_checkpoint_win_rate with:
     log:
         flow.logs("compute_checkpoint_win_rate/{policy}.{checkpoint}.log"),
     params:
-        settings=flow.compute_checkpoint_win_rate,
+        settings=slices.compute_checkpoint_win_rate,
         code=code("compute_win_rates"),
     message:
         "Win rate of checkpoint {wildcards.checkpoint} of {wildcards.policy}"

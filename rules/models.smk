@@ -12,7 +12,7 @@ rule prepare_model:
         mem_mb=4000,
         runtime=20,
     params:
-        settings=flow.prepare_model,
+        settings=slices.prepare_model,
         code=code("prepare_model"),
     message:
         "Obtain and convert the embedded model {wildcards.weights}"

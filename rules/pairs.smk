@@ -15,7 +15,7 @@ rule build_pairs:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.build_pairs,
+        settings=slices.build_pairs,
         code=code("build_pairs"),
     message:
         "Build preference pairs"
@@ -37,7 +37,7 @@ rule read_preferences:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.read_preferences,
+        settings=slices.read_preferences,
         code=code("read_preferences"),
     message:
         "Read the preference pairs of {wildcards.source}"

@@ -15,7 +15,7 @@ rule sample_prompts:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.sample_prompts,
+        settings=slices.sample_prompts,
         code=code("sample_prompts"),
     message:
         "Draw the training speeches of {wildcards.policy}, iteration {wildcards.iteration}"
@@ -39,7 +39,7 @@ rule sample_responses:
         mem_mb=8000,
         runtime=480,
     params:
-        settings=flow.sample_responses,
+        settings=slices.sample_responses,
         code=code("generate_responses"),
         endpoints=endpoints_file,
         prices=price_files,
@@ -72,7 +72,7 @@ rule rank_samples:
         mem_mb=8000,
         runtime=120,
     params:
-        settings=flow.rank_samples,
+        settings=slices.rank_samples,
         code=code("rank_samples"),
     message:
         "Rank the samples of {wildcards.policy}, iteration {wildcards.iteration}, by reward"
@@ -98,7 +98,7 @@ rule train_policy:
         mem_mb=8000,
         runtime=1440,
     params:
-        settings=flow.train_policy,
+        settings=slices.train_policy,
         code=code("train_policy"),
         start=flow.start_options,
         folder=checkpoints_folder,
@@ -127,7 +127,7 @@ rule select_checkpoint:
         mem_mb=8000,
         runtime=240,
     params:
-        settings=flow.select_checkpoint,
+        settings=slices.select_checkpoint,
         code=code("select_checkpoint"),
         weights=weights_option,
         candidates=flow.candidates,

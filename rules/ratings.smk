@@ -19,7 +19,7 @@ rule rate_responses:
         mem_mb=8000,
         runtime=1440,
     params:
-        settings=flow.rate_responses,
+        settings=slices.rate_responses,
         code=code("rate_responses"),
         endpoints=endpoints_file,
         prices=price_files,
@@ -44,7 +44,7 @@ rule parse_ratings:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.parse_ratings,
+        settings=slices.parse_ratings,
         code=code("parse_ratings"),
     message:
         "Parse the judge's answers"
@@ -65,7 +65,7 @@ rule score_responses:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.score_responses,
+        settings=slices.score_responses,
         code=code("score_responses"),
     message:
         "Average the seven scores of each response"

@@ -11,7 +11,7 @@ rule assign_models:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.assign_models,
+        settings=slices.assign_models,
         code=code("assign_models"),
         folder=output_folder,
     message:
@@ -39,7 +39,7 @@ rule generate_responses:
         mem_mb=8000,
         runtime=720,
     params:
-        settings=flow.generate_responses,
+        settings=slices.generate_responses,
         code=code("generate_responses"),
         endpoints=endpoints_file,
         prices=price_files,

@@ -18,7 +18,7 @@ rule train_reward_model:
         mem_mb=8000,
         runtime=720,
     params:
-        settings=flow.train_reward_model,
+        settings=slices.train_reward_model,
         code=code("train_reward_model"),
         weights=weights_option,
         checkpoints=flow.work("checkpoints/reward_models/{reward_model}"),
@@ -44,7 +44,7 @@ rule score_pairs:
         mem_mb=8000,
         runtime=120,
     params:
-        settings=flow.score_pairs,
+        settings=slices.score_pairs,
         code=code("score_pairs"),
         weights=weights_option,
     message:
@@ -63,7 +63,7 @@ use rule score_pairs as score_benchmark with:
     log:
         flow.logs("score_benchmark/{scorer}.log"),
     params:
-        settings=flow.score_benchmark,
+        settings=slices.score_benchmark,
         code=code("score_pairs"),
         weights=weights_option,
     message:
@@ -87,7 +87,7 @@ rule rank_pairs:
         mem_mb=8000,
         runtime=240,
     params:
-        settings=flow.rank_pairs,
+        settings=slices.rank_pairs,
         code=code("rank_pairs"),
         endpoints=endpoints_file,
         prices=price_files,
@@ -112,7 +112,7 @@ rule evaluate_rewards:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.evaluate_rewards,
+        settings=slices.evaluate_rewards,
         code=code("evaluate_rewards"),
     message:
         "Accuracy and calibration of {wildcards.scorer}"
@@ -130,7 +130,7 @@ use rule evaluate_rewards as evaluate_benchmark with:
     log:
         flow.logs("evaluate_benchmark/{scorer}.log"),
     params:
-        settings=flow.evaluate_benchmark,
+        settings=slices.evaluate_benchmark,
         code=code("evaluate_rewards"),
     message:
         "Benchmark scores of {wildcards.scorer}"
@@ -147,7 +147,7 @@ rule evaluate_rankings:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.evaluate_rankings,
+        settings=slices.evaluate_rankings,
         code=code("evaluate_rewards"),
     message:
         "Accuracy and position bias of {wildcards.ranker}"

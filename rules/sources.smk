@@ -10,7 +10,7 @@ rule fetch_source:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.fetch_source,
+        settings=slices.fetch_source,
         code=code("fetch_source"),
         cache=cache_option,
     message:
@@ -30,7 +30,7 @@ rule read_source:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.read_source,
+        settings=slices.read_source,
         code=code("read_source"),
     message:
         "Read the client speeches of {wildcards.source}"

@@ -12,7 +12,7 @@ rule select_speeches:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.select_speeches,
+        settings=slices.select_speeches,
         code=code("select_speeches"),
     message:
         "Select speeches by length and drop duplicates"
@@ -38,7 +38,7 @@ rule label_topics:
         mem_mb=8000,
         runtime=720,
     params:
-        settings=flow.label_topics,
+        settings=slices.label_topics,
         code=code("label_topics"),
         endpoints=endpoints_file,
         prices=price_files,
@@ -63,7 +63,7 @@ rule split_speeches:
     conda:
         "../envs/data.yaml"
     params:
-        settings=flow.split_speeches,
+        settings=slices.split_speeches,
         code=code("split_speeches"),
     message:
         "Split into train, dev and test"

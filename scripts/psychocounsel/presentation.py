@@ -2,7 +2,8 @@
 
 import orjson
 
-from psychocounsel.workflow import OURS, Wildcards, Workflow, settings
+from psychocounsel.slices import Slices, Wildcards, settings
+from psychocounsel.workflow import OURS, Workflow
 
 CODE_VERSION = 1  # only rules use it; what it hands to programs stands in their settings
 
@@ -221,7 +222,7 @@ class Presentation:
 
 def current_settings(flow: Workflow, job: dict) -> dict | None:
     """Return the settings that the config gives to a job, {"rule", "wildcards"}, now; None where it has no such job."""
-    owner = next((owner for owner in (flow, Presentation(flow)) if hasattr(owner, job["rule"])), None)
+    owner = next((owner for owner in (Slices(flow), Presentation(flow)) if hasattr(owner, job["rule"])), None)
     try:
         settings_now = orjson.loads(getattr(owner, job["rule"])(Wildcards(job["wildcards"]))) if owner else None
     except KeyError:  # a wildcard names a model, policy or source that is gone

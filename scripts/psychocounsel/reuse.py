@@ -35,7 +35,10 @@ def keep(folder: Path, outputs: list[Path], rows: dict, facts: dict) -> None:
     entry = {"outputs": list(map(file_sha256, outputs)), "rows": rows, "facts": facts}
     (temporary / ENTRY).write_bytes(orjson.dumps(entry))
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    try:
+        os.replace(temporary, folder)
+    except OSError:  # an equal run that ended at the same time was first
+        shutil.rmtree(temporary)
 
 
 def find(folder: Path, outputs: int) -> dict | None:

@@ -10,8 +10,9 @@ import yaml
 
 from psychocounsel.config import Study, load_study
 from psychocounsel.presentation import Presentation, current_settings
+from psychocounsel.slices import Slices, Wildcards
 from psychocounsel.stage import Settings, parse_settings, read_settings
-from psychocounsel.workflow import Wildcards, Workflow
+from psychocounsel.workflow import Workflow
 from test_config import merged
 
 STUDIES = {"paper": [], "demo": ["demo"], "counsel-chat": ["demo", "demo_counsel_chat"], "bench": ["demo", "demo_counselling_bench"]}
@@ -32,43 +33,46 @@ def flow(request) -> Workflow:
 
 def calls(flow: Workflow) -> list[tuple[str, str]]:
     """Return (program, settings JSON) of every job kind of a study, for every value of its wildcards."""
-    w, pages = Wildcards, Presentation(flow)
+    w, slices, pages = Wildcards, Slices(flow), Presentation(flow)
     found = [
-        (name, getattr(flow, name)(w()))
+        (name, getattr(slices, name)(w()))
         for name in ("select_speeches", "label_topics", "split_speeches", "assign_models", "rate_responses", "build_pairs")
     ]
     found += [
-        ("parse_ratings", flow.parse_ratings(w())),
-        ("score_responses", flow.score_responses(w())),
-        ("parse_judgements", flow.parse_judgements(w())),
+        ("parse_ratings", slices.parse_ratings(w())),
+        ("score_responses", slices.score_responses(w())),
+        ("parse_judgements", slices.parse_judgements(w())),
     ]
-    found += [("generate_responses", flow.answer_opponent(w())), ("sample_prompts", flow.sample_test_speeches(w()))]
+    found += [("generate_responses", slices.answer_opponent(w())), ("sample_prompts", slices.sample_test_speeches(w()))]
     found += [(name, getattr(pages, name)(w())) for name in ("make_tables", "plot_figures", "write_cards", "write_report", "summarise_run")]
     for source in [*flow.speech_sources, *flow.general_preferences, *flow.answer_sources]:
-        found.append(("fetch_source", flow.fetch_source(w(source=source))))
-    found += [("read_source", flow.read_source(w(source=source))) for source in flow.speech_sources]
-    found += [("read_preferences", flow.read_preferences(w(source=source))) for source in flow.general_preferences]
-    found += [("generate_responses", flow.generate_responses(w(model=model))) for model in flow.pool]
-    found += [("train_reward_model", flow.train_reward_model(w(reward_model=name))) for name in flow.reward_models]
+        found.append(("fetch_source", slices.fetch_source(w(source=source))))
+    found += [("read_source", slices.read_source(w(source=source))) for source in flow.speech_sources]
+    found += [("read_preferences", slices.read_preferences(w(source=source))) for source in flow.general_preferences]
+    found += [("generate_responses", slices.generate_responses(w(model=model))) for model in flow.pool]
+    found += [("train_reward_model", slices.train_reward_model(w(reward_model=name))) for name in flow.reward_models]
     for scorer in [*flow.reward_models, *flow.baselines]:
-        found += [("score_pairs", flow.score_pairs(w(scorer=scorer))), ("evaluate_rewards", flow.evaluate_rewards(w(scorer=scorer)))]
-        found.append(("evaluate_rewards", flow.evaluate_benchmark(w(scorer=scorer))))
+        found += [("score_pairs", slices.score_pairs(w(scorer=scorer))), ("evaluate_rewards", slices.evaluate_rewards(w(scorer=scorer)))]
+        found.append(("evaluate_rewards", slices.evaluate_benchmark(w(scorer=scorer))))
     for ranker in flow.rankers:
-        found += [("rank_pairs", flow.rank_pairs(w(ranker=ranker))), ("evaluate_rewards", flow.evaluate_rankings(w(ranker=ranker)))]
+        found += [("rank_pairs", slices.rank_pairs(w(ranker=ranker))), ("evaluate_rewards", slices.evaluate_rankings(w(ranker=ranker)))]
     for policy in flow.trained_policies:
-        found += [("train_policy", flow.train_policy(w(policy=policy))), ("select_checkpoint", flow.select_checkpoint(w(policy=policy)))]
+        found += [
+            ("train_policy", slices.train_policy(w(policy=policy))),
+            ("select_checkpoint", slices.select_checkpoint(w(policy=policy))),
+        ]
         checkpoint = w(policy=policy, checkpoint="1")
-        found += [("generate_responses", flow.answer_checkpoint(checkpoint)), ("judge_answers", flow.judge_checkpoint(checkpoint))]
-        found.append(("compute_win_rates", flow.compute_checkpoint_win_rate(checkpoint)))
+        found += [("generate_responses", slices.answer_checkpoint(checkpoint)), ("judge_answers", slices.judge_checkpoint(checkpoint))]
+        found.append(("compute_win_rates", slices.compute_checkpoint_win_rate(checkpoint)))
     for policy in flow.iterative_policies:
         for name in ("sample_prompts", "rank_samples"):
-            found.append((name, getattr(flow, name)(w(policy=policy, iteration="1"))))
-        found.append(("generate_responses", flow.sample_responses(w(policy=policy, iteration="1"))))
+            found.append((name, getattr(slices, name)(w(policy=policy, iteration="1"))))
+        found.append(("generate_responses", slices.sample_responses(w(policy=policy, iteration="1"))))
     for policy in flow.policies:
-        found.append(("generate_responses", flow.answer_speeches(w(policy=policy))))
+        found.append(("generate_responses", slices.answer_speeches(w(policy=policy))))
         for setting in ("free", "length"):
             where = w(policy=policy, setting=setting)
-            found += [("judge_answers", flow.judge_answers(where)), ("compute_win_rates", flow.compute_win_rates(where))]
+            found += [("judge_answers", slices.judge_answers(where)), ("compute_win_rates", slices.compute_win_rates(where))]
     return found
 
 
@@ -92,13 +96,13 @@ def test_a_source_of_ones_own_needs_few_keys(tmp_path):
     sources.write_text(yaml.safe_dump({"my-clinic": entry | {"licence": "not for release", "quotable": False}}))
     files = {"sources": ["config/sources.yaml", str(sources)]}
     config = merged(yaml.safe_load(Path("config/config.yaml").read_text()), {"files": files, "sources": ["my-clinic"]})
-    flow = Workflow(load_study(config, [Path("config/config.yaml")]))
+    slices = Slices(Workflow(load_study(config, [Path("config/config.yaml")])))
     for program in ("fetch_source", "read_source"):
-        settings = getattr(flow, program)(Wildcards(source="my-clinic"))
+        settings = getattr(slices, program)(Wildcards(source="my-clinic"))
         parse_settings(settings_class(program), read_settings([settings])[0])
-    before = flow.fetch_source(Wildcards(source="my-clinic"))
+    before = slices.fetch_source(Wildcards(source="my-clinic"))
     mine.write_text("id,question,label\n1,hallo,anxiety\n")
-    assert flow.fetch_source(Wildcards(source="my-clinic")) != before
+    assert slices.fetch_source(Wildcards(source="my-clinic")) != before
 
 
 def test_settings_are_canonical_json(flow):
@@ -154,7 +158,7 @@ def rules() -> list[tuple[str, str]]:
     """Return (rule, function of its settings) of all rules, from the text of the Snakefile's parts."""
     text = "\n".join(file.read_text() for file in sorted(Path("rules").glob("*.smk")))
     parts = re.split(r"^(?:use rule \w+ as|rule) (\w+)", text, flags=re.MULTILINE)[1:]
-    return [(name, re.search(r"settings=(?:flow|pages)\.(\w+)", body)[1]) for name, body in zip(parts[::2], parts[1::2], strict=True)]
+    return [(name, re.search(r"settings=(?:slices|pages)\.(\w+)", body)[1]) for name, body in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def test_every_rules_settings_carry_its_name():

@@ -1,0 +1,339 @@
+"""The slice of the config that each rule hands to its program: one method a rule, by the rule's name.
+
+A slice is a JSON string with sorted keys and names, because Snakemake compares params by value without their names; it
+holds what determines the outputs (prompts by their text, sources by their sha256) and nothing that a site decides.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+
+from psychocounsel.models import ModelSpec
+from psychocounsel.records import canonical_json, file_sha256
+from psychocounsel.workflow import Workflow
+
+
+def settings(method: Callable) -> Callable:
+    """Turn a method that is named like a rule and returns its slice of the config into the function for the rule's params.
+
+    The JSON names the job too, so that a provenance record tells which slice of a later config it is to be compared with.
+    """
+
+    @wraps(method)
+    def params(self, wildcards) -> str:
+        return canonical_json({"job": {"rule": method.__name__, "wildcards": dict(wildcards.items())}, **method(self, wildcards)})
+
+    return params
+
+
+class Wildcards(dict):
+    """Values of wildcards, outside of Snakemake: an attribute each."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Slices:
+    """Settings of the rules of one study; those of report.smk are presentation.py's."""
+
+    def __init__(self, flow: Workflow) -> None:
+        self.flow, self.study, self.config = flow, flow.study, flow.config
+
+    def spec(self, model: str, **changes) -> dict:
+        """Return the part of a model's description that determines its answers."""
+        entry = self.study.models[model] | changes
+        facts = {key: value for key, value in entry.items() if key in ModelSpec.model_fields and key != "serve"}
+        if entry.get("serve"):
+            facts["serve"] = {k: v for k, v in entry["serve"].items() if k != "tensor_parallel"}
+        return {"name": model} | facts
+
+    @property
+    def split_seed(self) -> int:
+        """Return the seed of the split, which may differ from the study's."""
+        return self.config["seed"] if self.config["split"]["seed"] is None else self.config["split"]["seed"]
+
+    def requests(self) -> dict:
+        """Return the settings that every stage shares which asks a model."""
+        return self.config["requests"]
+
+    @settings
+    def fetch_source(self, wildcards) -> dict:
+        """A raw file by address and sha256; a file of the user's own without a pinned sha256 counts by its content."""
+        entry = self.study.sources[wildcards.source]
+        facts = {key: entry.get(key) for key in ("file", "path", "address", "sha256", "access")} | {"gated": entry.get("gated", False)}
+        if entry.get("path") and not entry.get("sha256") and Path(entry["path"]).is_file():
+            facts["sha256"] = file_sha256(entry["path"])
+        return dict(source=wildcards.source, **facts)
+
+    @settings
+    def read_source(self, wildcards) -> dict:
+        """The adapter and the columns that it reads."""
+        entry = self.study.sources[wildcards.source]
+        return dict(source=wildcards.source, adapter=entry["adapter"], columns=entry.get("columns"))
+
+    @settings
+    def read_preferences(self, wildcards) -> dict:
+        """The adapter of a file of preferences; the dev share is that of our speeches, and so is the prompt of a published pair."""
+        entry = self.study.sources[wildcards.source]
+        return dict(
+            source=wildcards.source,
+            adapter=entry["adapter"],
+            columns=entry.get("columns"),
+            split=entry.get("split"),
+            prompt=self.study.prompt(self.config["responses"]["prompt"]),
+            dev_fraction=self.config["split"]["dev_fraction"],
+            seed=self.split_seed,
+        )
+
+    @settings
+    def select_speeches(self, wildcards) -> dict:
+        """Lengths, duplicates and the limit."""
+        return dict(**self.config["speeches"], seed=self.config["seed"])
+
+    @settings
+    def label_topics(self, wildcards) -> dict:
+        """The taxonomy with its words, and the judge of speeches without a label."""
+        taxonomy = self.study.taxonomy
+        coarse = {
+            name: {"title": entry["title"], "fine": {topic: {"keywords": fine["keywords"]} for topic, fine in entry["fine"].items()}}
+            for name, entry in taxonomy["coarse"].items()
+        }
+        topics = self.config["topics"]
+        return dict(
+            model=self.spec(topics["judge"]),
+            prompt=self.study.prompt(topics["prompt"]),
+            taxonomy=coarse,
+            aliases=taxonomy["aliases"],
+            **self.requests(),
+        )
+
+    @settings
+    def split_speeches(self, wildcards) -> dict:
+        """Sizes of the split."""
+        return self.config["split"] | {"seed": self.split_seed}
+
+    @settings
+    def assign_models(self, wildcards) -> dict:
+        """The pool and how many of it answer a speech."""
+        return dict(pool=self.flow.pool, models_per_speech=self.config["responses"]["models_per_speech"], seed=self.config["seed"])
+
+    def _generation(self, model: dict, prompt: str, **more) -> dict:
+        return dict(model=model, prompt=self.study.prompt(prompt), seed=self.config["seed"], **more, **self.requests())
+
+    @settings
+    def generate_responses(self, wildcards) -> dict:
+        """One pool model, and how to read its answers where they are recorded."""
+        more = {}
+        if recorded := self.study.models[wildcards.model].get("recorded"):
+            source = self.study.sources[recorded["source"]]
+            more = {"recorded": {"adapter": source["adapter"], "columns": source.get("columns") or {}}}
+        return self._generation(self.spec(wildcards.model), self.config["responses"]["prompt"], **more)
+
+    def rated_principles(self) -> list[dict]:
+        """The principles as the judge is told them."""
+        return [{key: p[key] for key in ("id", "name", "definition", "aspects")} for p in self.study.principles]
+
+    @settings
+    def rate_responses(self, wildcards) -> dict:
+        """The judge, its prompt and the principles."""
+        ratings = self.config["ratings"]
+        return dict(
+            model=self.spec(ratings["judge"]),
+            prompt=self.study.prompt(ratings["prompt"]),
+            principles=self.rated_principles(),
+            seed=self.config["seed"],
+            **self.requests(),
+        )
+
+    def principle_ids(self) -> list[str]:
+        """The ids of the principles that a complete score has."""
+        return [p["id"] for p in self.study.principles]
+
+    @settings
+    def parse_ratings(self, wildcards) -> dict:
+        """The principles that are rated."""
+        return {"principles": self.principle_ids()}
+
+    @settings
+    def score_responses(self, wildcards) -> dict:
+        """The principles that a complete score has."""
+        return {"principles": self.principle_ids()}
+
+    @settings
+    def build_pairs(self, wildcards) -> dict:
+        """The gap, and the prompt that stands before both answers."""
+        return dict(min_gap=self.config["pairs"]["min_gap"], prompt=self.study.prompt(self.config["responses"]["prompt"]))
+
+    @settings
+    def prepare_model(self, wildcards) -> dict:
+        """Embedded weights: the package that holds them and their sha256."""
+        return dict(**self.flow.embedded_weights[wildcards.weights])
+
+    @settings
+    def train_reward_model(self, wildcards) -> dict:
+        """Base, recipe and seed of a reward model."""
+        entry = self.study.reward_models[wildcards.reward_model]
+        return dict(model=self.spec(entry["base"]), recipe=self.study.recipe(entry["recipe"]), seed=self.config["seed"])
+
+    def _scoring(self) -> dict:
+        return {key: self.config["reward_evaluation"][key] for key in ("max_length", "batch_size")}
+
+    @settings
+    def score_pairs(self, wildcards) -> dict:
+        """A reward model that scores the test pairs."""
+        return self._scorer(wildcards.scorer)
+
+    @settings
+    def score_benchmark(self, wildcards) -> dict:
+        """A reward model that scores the pairs of the general benchmark."""
+        return self._scorer(wildcards.scorer)
+
+    def _scorer(self, name: str) -> dict:
+        """A reward model: ours, by its base, or a published one."""
+        ours = self.study.reward_models.get(name)
+        spec = self.spec(ours["base"], reward_from="classifier") if ours else self.spec(name)
+        return dict(model=spec, seed=self.config["seed"], **self._scoring())
+
+    @settings
+    def rank_pairs(self, wildcards) -> dict:
+        """A prompted ranker."""
+        return dict(
+            model=self.spec(wildcards.ranker),
+            prompt=self.study.prompt(self.config["reward_evaluation"]["ranker_prompt"]),
+            **self.requests(),
+        )
+
+    def _evaluation(self, name: str, benchmark: bool = False) -> dict:
+        rewards = self.config["reward_evaluation"]
+        sections = self.study.paper["rewardbench_sections"] if benchmark else None
+        return dict(
+            name=name, bins=rewards["calibration_bins"], bootstrap=rewards["bootstrap"], seed=self.config["seed"], sections=sections
+        )
+
+    @settings
+    def evaluate_rewards(self, wildcards) -> dict:
+        """Metrics of a reward model."""
+        return self._evaluation(wildcards.scorer)
+
+    @settings
+    def evaluate_benchmark(self, wildcards) -> dict:
+        """Metrics of a reward model on the general benchmark, by its sections."""
+        return self._evaluation(wildcards.scorer, benchmark=True)
+
+    @settings
+    def evaluate_rankings(self, wildcards) -> dict:
+        """Metrics of a prompted ranker."""
+        return self._evaluation(wildcards.ranker)
+
+    @settings
+    def sample_prompts(self, wildcards) -> dict:
+        """Which training speeches a round samples answers to."""
+        entry = self.study.policies[wildcards.policy]
+        return dict(
+            split="train",
+            speeches=entry["speeches_per_iteration"],
+            stratified=False,
+            iteration=int(wildcards.iteration),
+            seed=self.config["seed"],
+        )
+
+    @settings
+    def sample_test_speeches(self, wildcards) -> dict:
+        """Which test speeches checkpoints are judged on: the same share of each coarse topic."""
+        count = self.config["evaluation"]["checkpoint_speeches"]
+        return dict(split="test", speeches=count, stratified=True, iteration=0, seed=self.config["seed"])
+
+    @settings
+    def sample_responses(self, wildcards) -> dict:
+        """The current policy's sampling."""
+        entry = self.study.policies[wildcards.policy]
+        model = self.spec(entry["base"], name=wildcards.policy, sampling=entry["sampling"])
+        return self._generation(model, self.config["responses"]["prompt"], samples=entry["samples_per_speech"])
+
+    @settings
+    def rank_samples(self, wildcards) -> dict:
+        """The reward model that ranks a round's samples."""
+        entry = self.study.policies[wildcards.policy]
+        base = self.study.reward_models[entry["reward_model"]]["base"]
+        prompt = self.study.prompt(self.config["responses"]["prompt"])
+        return dict(model=self.spec(base), prompt=prompt, policy=wildcards.policy, **self._scoring())
+
+    @settings
+    def train_policy(self, wildcards) -> dict:
+        """Base, recipe and number of checkpoints of one training."""
+        entry = self.study.policies[wildcards.policy]
+        recipe = self.study.recipe(entry["recipe"])
+        return dict(model=self.spec(entry["base"]), recipe=recipe, checkpoints=entry.get("checkpoints", 1), seed=self.config["seed"])
+
+    @settings
+    def select_checkpoint(self, wildcards) -> dict:
+        """How dev pairs are scored."""
+        return dict(model=self.spec(self.study.policies[wildcards.policy]["base"]), **self._scoring())
+
+    @settings
+    def answer_opponent(self, wildcards) -> dict:
+        """The opponent, asked as the pool was."""
+        return self._generation(self.spec(self.config["evaluation"]["opponent"]), self.config["responses"]["prompt"])
+
+    @settings
+    def answer_speeches(self, wildcards) -> dict:
+        """A policy in both settings."""
+        model = self.spec(self.study.policies[wildcards.policy]["base"], name=wildcards.policy)
+        length_prompt = self.study.prompt(self.config["evaluation"]["length_prompt"])
+        return self._generation(model, self.config["responses"]["prompt"], length_prompt=length_prompt)
+
+    @settings
+    def answer_checkpoint(self, wildcards) -> dict:
+        """A checkpoint of a policy in the free setting."""
+        model = self.spec(self.study.policies[wildcards.policy]["base"], name=checkpoint_name(wildcards))
+        return self._generation(model, self.config["responses"]["prompt"])
+
+    def _judgement(self, policy: str, setting: str) -> dict:
+        evaluation = self.config["evaluation"]
+        return dict(
+            model=self.spec(evaluation["judge"]),
+            prompt=self.study.prompt(evaluation["prompt"]),
+            principles=self.rated_principles(),
+            policy=policy,
+            opponent=evaluation["opponent"],
+            setting=setting,
+            seed=self.config["seed"],
+            **self.requests(),
+        )
+
+    @settings
+    def judge_answers(self, wildcards) -> dict:
+        """The judge of a policy's answers against the opponent's."""
+        return self._judgement(wildcards.policy, wildcards.setting)
+
+    @settings
+    def judge_checkpoint(self, wildcards) -> dict:
+        """The judge of a checkpoint's answers, in the free setting."""
+        return self._judgement(checkpoint_name(wildcards), "free")
+
+    @settings
+    def parse_judgements(self, wildcards) -> dict:
+        """Nothing."""
+        return {}
+
+    @settings
+    def parse_checkpoint(self, wildcards) -> dict:
+        """Nothing."""
+        return {}
+
+    def _win_rates(self, policy: str, setting: str) -> dict:
+        return dict(policy=policy, setting=setting, bootstrap=self.config["evaluation"]["bootstrap"], seed=self.config["seed"])
+
+    @settings
+    def compute_win_rates(self, wildcards) -> dict:
+        """Intervals of a policy's win rates."""
+        return self._win_rates(wildcards.policy, wildcards.setting)
+
+    @settings
+    def compute_checkpoint_win_rate(self, wildcards) -> dict:
+        """Intervals of a checkpoint's win rates."""
+        return self._win_rates(checkpoint_name(wildcards), "free")
+
+
+def checkpoint_name(wildcards) -> str:
+    """Return the name under which a checkpoint of a policy answers."""
+    return f"{wildcards.policy}.checkpoint-{wildcards.checkpoint}"
