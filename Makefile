@@ -49,8 +49,9 @@ audit: .venv/pipeline.ready
 report: .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --report results/$(RUN).snakemake_report.html
 
+# The kept outputs go too, or a new demonstration would adopt them; for other runs they are repetition saved, no result.
 clean-demo:
-	rm -rf results/$(RUN) results/$(RUN).snakemake_report.html work/$(RUN) logs/$(RUN)
+	rm -rf work/cache results/$(RUN) results/$(RUN).snakemake_report.html work/$(RUN) logs/$(RUN)
 
 # The lock files come from a fresh environment; torch's local build tag (+cpu, +cu…) is site-specific and left out.
 lock:
