@@ -19,9 +19,9 @@ from psychocounsel.errors import UserError
 from psychocounsel.fingerprint import code_modules
 from psychocounsel.records import canonical_json, content_hash, file_sha256, validator
 
-CODE_VERSION = 1  # counts in code fingerprints instead of this module's text
-
 FORMAT = 2
+CODE_VERSION = 2  # counts in code fingerprints instead of this module's text; raise it with FORMAT: all records are then written anew
+
 SUFFIX = ".prov.json"
 RESULTS = "results"  # what lies here was made by a rule: without a record it is not what it seems
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,16 +82,28 @@ def used(path: Path) -> dict:
     return {"path": shown(path), "sha256": sha256, "identity_sha256": made["identity_sha256"]}
 
 
-def identity(program: str, settings: dict, inputs: list[dict]) -> dict:
-    """Return what determines the bytes of a program's outputs."""
+def identity(program: str, settings: dict, defaults: dict, inputs: list[dict]) -> dict:
+    """Return what determines the bytes of a program's outputs: its settings as they were given, and what it took for the others."""
     modules = code_modules(program)
     return {
         "program": program,
         "code": content_hash(modules, digits=16),
         "modules": modules,
         "settings": settings,
+        "defaults": defaults,
         "inputs": sorted(inputs, key=lambda item: item["path"]),
     }
+
+
+def left_out(resolved: dict, given: dict) -> dict:
+    """Return the parts of resolved settings that were not given, at any depth."""
+    found = {}
+    for name, value in resolved.items():
+        if name not in given:
+            found[name] = value
+        elif isinstance(value, dict) and isinstance(given[name], dict) and (inner := left_out(value, given[name])):
+            found[name] = inner
+    return found
 
 
 def surroundings(started: datetime) -> dict:

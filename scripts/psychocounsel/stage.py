@@ -118,6 +118,7 @@ class Stage:
         self.args, self.program = args, program
         self.values, self.job = read_settings(args.settings)
         self.settings = parse_settings(args.settings_type, self.values)
+        self.defaults = provenance.left_out(self.settings.model_dump(mode="json"), self.values)
         self.started = datetime.now(UTC)
         self.clock = time.perf_counter()
         self.inputs: dict[str, dict] = {}  # path -> what the records say of it
@@ -162,7 +163,7 @@ class Stage:
         roles = [self.inputs[str(path)]["sha256"] if path else None for path in inputs]
         if not self.args.reuse:
             return False
-        key = content_hash(provenance.identity(self.program, self.values, []), roles)
+        key = content_hash(provenance.identity(self.program, self.values, self.defaults, []), roles)
         self.kept = (Path(self.args.reuse) / key, outputs)
         entry = reuse.find(self.kept[0], len(outputs))
         if entry is None:
@@ -225,7 +226,7 @@ class Stage:
         for folder, temporary in self.folders.items():
             finals.append((folder / "manifest.json", write_manifest(temporary)))
         finals += list(self.outputs.items())
-        identity = provenance.identity(self.program, self.values, list(self.inputs.values()))
+        identity = provenance.identity(self.program, self.values, self.defaults, list(self.inputs.values()))
         run = provenance.surroundings(self.started) | self._sources_of_answers() | {"facts": self.facts}
         records = {final: self._record(final, temporary, identity, run) for final, temporary in finals}
         for folder, temporary in self.folders.items():

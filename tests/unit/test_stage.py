@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from psychocounsel import provenance
 from psychocounsel.errors import UserError
@@ -82,6 +84,7 @@ def test_outputs_are_sorted_and_recorded(program, tmp_path):
     record = json.loads((tmp_path / "out/copy.jsonl.prov.json").read_text())
     assert record["rows"] == {"rows": {"in": 3, "out": 2, "dropped": {"over": 1}}}
     assert record["identity"]["settings"] == {"keep": 2}
+    assert record["identity"]["defaults"] == {"fail": None}
     assert [i["path"] for i in record["identity"]["inputs"]] == ["rows.jsonl"]
     assert json.loads((tmp_path / "out/model/manifest.json").read_text())["files"].keys() == {"weights"}
     assert (tmp_path / "out/model/manifest.json.prov.json").is_file()
@@ -229,8 +232,24 @@ def test_a_kept_output_that_was_edited_through_its_link_is_not_adopted(program, 
 
 def example_record() -> bytes:
     """A small valid record."""
-    identity = provenance.identity("build_pairs", {"min_gap": 1}, [])
+    identity = provenance.identity("build_pairs", {"min_gap": 1}, {}, [])
     run = provenance.surroundings(datetime.now(UTC)) | {"model": None, "chat_templates": {}, "prompts": {}, "facts": {}}
     output = {"path": "out/copy.jsonl", "sha256": "0" * 64, "bytes": 3}
     parts = {"format": provenance.FORMAT, "output": output, "job": None, "rows": {}, "identity": identity}
     return provenance.rendered(provenance.sealed(parts | {"identity_sha256": content_hash(identity), "run": run}))
+
+
+@given(st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=9), st.data())
+def test_what_is_given_and_what_is_left_out_make_the_whole(resolved, data):
+    def part(value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {key: part(inner) for key, inner in value.items() if data.draw(st.booleans())}
+
+    def joined(one: dict, other: dict) -> dict:
+        both = {key: joined(one[key], other[key]) if isinstance(one[key], dict) else one[key] for key in one.keys() & other.keys()}
+        return {**one, **other, **both}
+
+    whole = {"settings": resolved}
+    given_part = part(whole)
+    assert joined(given_part, provenance.left_out(whole, given_part)) == whole
