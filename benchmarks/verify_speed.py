@@ -79,7 +79,7 @@ def fill(path: Path, size: int, block: bytes) -> None:
 
 def record(output: Path, inputs: list[Path]) -> None:
     """Write an output's provenance record as a program would."""
-    identity = provenance.identity("summarise_run", {}, [provenance.used(path) for path in inputs])
+    identity = provenance.identity("summarise_run", {}, {}, [provenance.used(path) for path in inputs])
     run = provenance.surroundings(datetime.now(UTC)) | {"model": None, "chat_templates": {}, "prompts": {}, "facts": {}}
     facts = {"path": output.as_posix(), "sha256": file_sha256(output), "bytes": output.stat().st_size}
     whole = {"format": provenance.FORMAT, "output": facts, "job": None, "rows": {}, "identity": identity}

@@ -1,5 +1,8 @@
 """What verify tells of chains and lists of files; the tampering itself is tried on a finished run (tests/workflow)."""
 
+import subprocess
+import sys
+
 from psychocounsel.verification import downstream, listed
 
 
@@ -13,3 +16,10 @@ def test_what_was_made_from_a_file_is_found_over_many_steps():
 def test_a_long_list_is_cut_and_counted():
     assert listed("abc") == "a, b, c"
     assert listed("abcde") == "a, b, c and 2 more"
+
+
+def test_the_benchmark_runs():
+    """Not how fast: that it still makes a run which verifies."""
+    done = subprocess.run([sys.executable, "benchmarks/verify_speed.py", "--megabytes", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sha256sum" in done.stdout
