@@ -65,6 +65,9 @@ def check_site(file: Path) -> None:
     site = sites.load_site(file)
     if not shutil.which("sbatch"):
         raise UserError("no sbatch here: start the run on a login node of the cluster (or use profiles/local on one machine)")
+    answer = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True)
+    if answer.returncode:
+        raise UserError(f"Slurm does not answer here: {' '.join(answer.stderr.split())}. Start the run on a login node, or try again later")
     complaints = [text for kind in ("cpu", "gpu") for text in refusals(site, kind, file)]
     if complaints:
         raise UserError("\n  ".join([f"Slurm would not run the jobs that {file} describes:", *complaints]))

@@ -175,3 +175,15 @@ def test_the_papers_run_takes_hundreds_of_slurm_jobs():
     print(f"{jobs} Slurm jobs")
     assert 200 < jobs < 400
     assert len(groups) > 50
+
+
+def test_a_slurm_that_does_not_answer_is_told_from_a_site_file_at_fault(tmp_path):
+    """Its programs are there, its controller is not: no key of the site file is to blame."""
+    for name in ("sbatch", "sinfo"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, "scripts/run_on_slurm.py", "--check"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Slurm does not answer here: Unable to contact slurm controller.")
+    assert "site.yaml" not in done.stderr
