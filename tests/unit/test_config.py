@@ -6,15 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from psychocounsel.config import load_study, resolve_extends
+from psychocounsel.config import load_study, merged, read_config, resolve_extends
 from psychocounsel.errors import UserError
 
 PAPER = Path("config/config.yaml")
-
-
-def merged(below: dict, above: dict) -> dict:
-    """Merge configs as Snakemake does: dicts by key, everything else replaced."""
-    return {**below, **{k: merged(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()}}
 
 
 def study_of(tmp_path: Path, text: str):
@@ -28,9 +23,7 @@ def study_of(tmp_path: Path, text: str):
 @pytest.mark.parametrize("overlays", [[], ["demo"], ["demo", "demo_counsel_chat"], ["demo", "demo_counselling_bench"]])
 def test_shipped_configs_are_valid(overlays):
     files = [PAPER, *(Path(f"config/{name}.yaml") for name in overlays)]
-    config: dict = {}
-    for file in files:
-        config = merged(config, yaml.safe_load(file.read_text()))
+    config = read_config(files)
     assert load_study(config, files).config["run"] == config["run"]
 
 

@@ -8,22 +8,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from psychocounsel.config import Study, load_study
+from psychocounsel.config import Study, load_study, merged, read_config
 from psychocounsel.presentation import Presentation, current_settings
 from psychocounsel.slices import Slices, Wildcards
 from psychocounsel.stage import Settings, parse_settings, read_settings
 from psychocounsel.workflow import Workflow
-from test_config import merged
 
 STUDIES = {"paper": [], "demo": ["demo"], "counsel-chat": ["demo", "demo_counsel_chat"], "bench": ["demo", "demo_counselling_bench"]}
 
 
 def load(overlays: list[str]) -> Workflow:
     files = [Path("config/config.yaml"), *(Path(f"config/{name}.yaml") for name in overlays)]
-    config: dict = {}
-    for file in files:
-        config = merged(config, yaml.safe_load(file.read_text()))
-    return Workflow(load_study(config, files))
+    return Workflow(load_study(read_config(files), files))
 
 
 @pytest.fixture(scope="module", params=STUDIES)
