@@ -297,14 +297,22 @@ def test_a_change_in_the_chat_client_asks_nothing_and_trains_nothing_anew(copy):
     text("scripts/psychocounsel/chat.py", "LONGEST_PAUSE_S = 1.0, 60.0", "LONGEST_PAUSE_S = 1.0, 30.0")(copy.folder)
     before = len(copy.server.requests)
     old = {f.relative_to(copy.folder): f.read_bytes() for f in copy.path(".").rglob("*.jsonl")}
+    started = server_starts(copy)
     done = copy.snakemake(*STUDY)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(copy.server.requests) == before
+    assert started
+    assert server_starts(copy) == started
     assert old == {f.relative_to(copy.folder): f.read_bytes() for f in copy.path(".").rglob("*.jsonl")}
     for output in ("06_reward_models/micro-reward/model/manifest.json", "07_policies/micro-dpo-iter/iteration-2/checkpoints.json"):
         record = read_record(record_path(copy.path(output)))
         assert record["run"]["facts"]["adopted"] is True, output
     assert dry_run(copy)[0] == {}
+
+
+def server_starts(project: Project) -> dict[str, int]:
+    """Return when the log of each server of the run was last written; a start begins it anew."""
+    return {str(f.relative_to(project.folder)): f.stat().st_mtime_ns for f in (project.folder / "work").rglob("*.server.log")}
 
 
 def test_a_model_more_in_the_pool_is_asked_for_what_it_wins_and_only_changed_speeches_are_rated_anew(copy):
