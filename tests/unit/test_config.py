@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from psychocounsel.config import load_study, merged, read_config, resolve_extends
+from psychocounsel.config import load_registry, load_study, merged, read_config, resolve_extends
 from psychocounsel.errors import UserError
 
 PAPER = Path("config/config.yaml")
@@ -111,3 +111,10 @@ def test_every_schema_key_is_described():
         assert not list(undescribed(schema, file.stem)), file
         if file.stem not in ("paper.schema",):
             assert '"additionalProperties"' in file.read_text(), f"{file} is not closed"
+
+
+def test_every_source_says_whether_a_release_may_hold_it_and_why():
+    sources = load_registry([Path("config/sources.yaml")], "sources")
+    assert all("redistribution" in entry for entry in sources.values())
+    forbidden = {name for name, entry in sources.items() if entry["kind"] == "speeches" and not entry["redistribution"]["allowed"]}
+    assert forbidden == {"therapistqa", "psych8k", "amod-counsel", "mentalchat16k-interview", "phi2mental"}
