@@ -1,7 +1,8 @@
 """Near duplicates against an exhaustive search, and speech selection as a whole."""
 
 import random
-import time
+import subprocess
+import sys
 from collections import Counter
 from itertools import combinations
 
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psychocounsel.near_duplicates import bands, find_near_duplicates
+from psychocounsel import near_duplicates
+from psychocounsel.near_duplicates import NearDuplicates, bands, find_near_duplicates, matches_between, shingle_hashes
 from psychocounsel.records import dump_records, read_records
 from psychocounsel.texts import speech_id
 from select_speeches import SelectSettings, drop_by_length, drop_over_limit, main
@@ -95,16 +97,116 @@ def test_bands_reach_the_recall(threshold, permutations):
     assert count == permutations or 1 - (1 - threshold ** (permutations // count)) ** count >= 0.98
 
 
-def test_growth_is_linear():
-    def seconds(number):
-        rng = random.Random(3)
-        texts = [" ".join(rng.choice(WORDS) + rng.choice(WORDS) + str(rng.randrange(50)) for _ in range(40)) for _ in range(number)]
-        start = time.process_time()
-        find(texts)
-        return time.process_time() - start
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_to_the_exhaustive_search_where_every_pair_is_proposed(seed):
+    texts = variants(80, seed)
+    assert bands(0.2, 128) == 128  # bands of one row propose a pair of similarity 0.2 with a chance of 1 - 4e-13
+    assert find(texts, drop_above=0.85, cluster_above=0.2) == exhaustively(texts, 0.85, 0.2)
 
-    seconds(500)
-    assert seconds(8000) < 8 * seconds(2000)  # four times the texts; a quadratic search takes sixteen times as long
+
+def exhaustively(texts, drop_above, cluster_above):
+    """Compare every text with every kept one before it; join clusters by naming all their texts anew."""
+    twin, cluster = {}, {}
+    for i, text in enumerate(texts):
+        similar = [(similarity(text, texts[j], 8), -j) for j in cluster]
+        value, j = max(similar, default=(0, 0))
+        if value > drop_above:
+            twin[i] = (-j, value)
+            continue
+        near = {cluster[-j] for value, j in similar if value > cluster_above} | {i}
+        cluster = {j: min(near) if first in near else first for j, first in {**cluster, i: i}.items()}
+    return NearDuplicates(twin, cluster)
+
+
+def test_a_pair_above_the_threshold_is_found_with_the_promised_chance():
+    rng = random.Random(11)
+    found = wanted = 0
+    for seed in range(400):
+        words = [rng.choice(WORDS) + rng.choice(WORDS) for _ in range(40)]
+        edited = rng.randint(6, 9)
+        other = words[:8] + [rng.choice(WORDS) + rng.choice(WORDS) for _ in range(edited)] + words[8 + edited :]
+        texts = [" ".join(words), " ".join(other)]
+        if 0.6 < similarity(*texts, 8) < 0.68:
+            wanted += 1
+            near = find_near_duplicates(texts, drop_above=0.85, cluster_above=0.6, shingle_chars=8, permutations=128, seed=seed)
+            found += near.cluster[1] == 0
+    assert wanted > 100
+    assert found / wanted > 0.96  # 98 % at the threshold; three standard deviations below
+
+
+def test_work_grows_with_the_number_of_texts(monkeypatch):
+    compared = Counter()
+    monkeypatch.setattr(near_duplicates, "jaccard", lambda a, b: compared.update(["pairs"]) or len(a & b) / len(a | b))
+
+    def pairs(number):
+        compared.clear()
+        rng = random.Random(3)
+        fresh = [" ".join(rng.choice(WORDS) + rng.choice(WORDS) + str(rng.randrange(50)) for _ in range(40)) for _ in range(number // 2)]
+        find([text for original in fresh for text in (original, original[:-1])])
+        return compared["pairs"]
+
+    assert pairs(200) == 100
+    assert pairs(2000) < 1.05 * 1000  # an exhaustive search compares two million
+
+
+def test_many_copies_of_one_text_cost_one_comparison_each(monkeypatch):
+    compared = []
+    monkeypatch.setattr(near_duplicates, "jaccard", lambda a, b: compared.append(1) or 1.0)
+    found = find([" ".join(WORDS)] * 500)
+    assert len(found.twin) == len(compared) == 499
+
+
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=8), st.integers(1, 9))
+def test_hashes_stand_for_shingles(texts, size):
+    hashes, ends = shingle_hashes(texts, size)
+    starts = [0, *ends[:-1]]
+    assert ends[-1] == len(hashes)
+    shingle_of = {}
+    for text, start, end in zip(texts, starts, ends, strict=True):
+        own = {text.casefold()[i : i + size] for i in range(max(1, len(text.casefold()) - size + 1))}
+        assert len(set(hashes[start:end].tolist())) == len(own)
+        for i, value in enumerate(hashes[start:end].tolist()):
+            shingle = text.casefold().ljust(size, "\0")[i : i + size]
+            assert shingle_of.setdefault(value, shingle) == shingle
+
+
+def test_several_processes_give_the_same_sketches(monkeypatch):
+    texts = variants(100, 5)
+    one = near_duplicates.sketch(texts, 8, 64, 3)
+    monkeypatch.setattr(near_duplicates, "CHUNK", 16)
+    monkeypatch.setattr(near_duplicates, "PARALLEL", 1)
+    assert (near_duplicates.sketch(texts, 8, 64, 3) == one).all()
+    assert one.shape == (100, 64)
+
+
+def test_nothing_and_next_to_nothing():
+    assert find([]) == NearDuplicates({}, {})
+    assert find(["", "a", "A", "b"]).twin == {2: (1, 1.0)}
+    assert matches_between([], ["a"], above=0.5, shingle_chars=8, permutations=16, seed=1) == {}
+    assert matches_between(["a"], [], above=0.5, shingle_chars=8, permutations=16, seed=1) == {}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_matches_between_two_sets(seed):
+    texts = variants(120, seed)
+    mine, others = texts[:60], texts[60:]
+    found = matches_between(mine, others, above=0.2, shingle_chars=8, permutations=128, seed=7)
+    wanted = {}
+    for i, other in enumerate(others):
+        value, j = max((similarity(other, text, 8), -j) for j, text in enumerate(mine))
+        if value > 0.2:
+            wanted[i] = (-j, value)
+    assert found == wanted
+    assert len(wanted) > 5
+
+
+def test_the_benchmark_runs():
+    command = [sys.executable, "benchmarks/near_duplicates.py", "--sizes", "300", "--rival-up-to", "300"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head, ours, rival = done.stdout.splitlines()
+    assert [line.split()[1] for line in (ours, rival)] == ["ours", "datasketch"]
+    assert ours.split()[5] == rival.split()[5] != "0"
 
 
 SETTINGS = SelectSettings(
