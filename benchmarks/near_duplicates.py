@@ -24,7 +24,7 @@ from psychocounsel.near_duplicates import NearDuplicates, bands, find_near_dupli
 
 SETTINGS = {"drop_above": 0.85, "cluster_above": 0.6, "shingle_chars": 8, "permutations": 128}  # those of config/config.yaml
 SEED, VOCABULARY, EDITED = 20250227, 30_000, 0.2
-HEAD = f"{'texts':>9} {'by':<11} {'seconds':>8} {'texts/s':>8} {'peak MB':>8} {'found':>8}  of planted pairs: dropped above {SETTINGS['drop_above']}"
+HEAD = f"{'texts':>9} {'by':<11} {'seconds':>8} {'texts/s':>8} {'peak MB':>8} {'found':>8}  of planted pairs: "
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(measured(args.one[0], int(args.one[1]))))
         return
-    print(f"{HEAD}, joined above {SETTINGS['cluster_above']}", flush=True)
+    print(f"{HEAD}dropped above {SETTINGS['drop_above']}, joined above {SETTINGS['cluster_above']}", flush=True)
     for size in args.sizes:
         rows = {by: row(by, size) for by in ["ours"] + ["datasketch"] * (size <= args.rival_up_to)}
         for by, r in rows.items():
