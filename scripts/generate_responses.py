@@ -11,10 +11,12 @@ An empty answer is asked again and then a failure; an answer cut off at max_toke
         --endpoints config/endpoints.yaml --journal work/demo/gpt-4o.jsonl --out answers.jsonl --failed answers.failed.jsonl
 """
 
+from collections.abc import Collection
+
 from pydantic import Field
 
-from psychocounsel.asking import add_price_arguments
-from psychocounsel.chat import ChatAnswer, ChatFailure, ChatRequest, complete
+from psychocounsel.asking import add_price_arguments, write_failures
+from psychocounsel.chat import ChatAnswer, ChatFailure, ChatRequest, Lazy, complete
 from psychocounsel.errors import UserError
 from psychocounsel.models import ModelSpec, Part, chat_messages
 from psychocounsel.prompts import render
@@ -67,10 +69,9 @@ def main() -> None:
         if run.args.length_of:
             words[LENGTH] = word_counts(run, speeches)
 
-        places = [
-            (setting, speech_id, sample) for setting in words for speech_id in words[setting] for sample in range(run.settings.samples)
-        ]
-        requests = {place: speech_request(run.settings, speeches, words, *place) for place in places}
+        samples = range(run.settings.samples)
+        places = {f"{s}/{setting}/{n}": (s, setting, n) for setting in words for s in words[setting] for n in samples}
+        requests = Lazy(places, lambda request_id: speech_request(run.settings, speeches, words, request_id, *places[request_id]))
         recorded = run.args.recorded and not run.args.plan  # the plan of recorded answers is that of their endpoint: nothing is asked
         answers, failures = recorded_answers(run, speeches, requests) if recorded else asked_answers(run, requests)
         run.account("answers", len(requests), len(answers), {"no answer": len(failures)})
@@ -78,17 +79,16 @@ def main() -> None:
         run.note(cut_off=cut_off)
         log.info("%d answers were cut off at max_tokens", cut_off)
 
-        by_id = {answer.id: answer for answer in answers}
-        responses = {setting: [] for setting in words}
-        for (setting, speech_id, sample), request in requests.items():
-            if request.id in by_id:
-                row = response(run.settings.model.name, by_id[request.id], speech_id, sample, words[setting][speech_id])
-                responses[setting].append(row)
-        run.write(run.args.out, responses[FREE], "response", sort_by=lambda row: (row["speech_id"], row["sample"]))
-        if run.args.out_length:
-            run.write(run.args.out_length, responses[LENGTH], "response", sort_by=lambda row: (row["speech_id"], row["sample"]))
-        rows = [{"request_id": f.id, "request_key": f.request_key, "reason": f.reason, "raw": f.raw} for f in failures]
-        run.write(run.args.failed, rows, "failure", sort_by="request_id")
+        for setting, path in ((FREE, run.args.out), (LENGTH, run.args.out_length)):
+            if path:  # the answers come in the order of the speeches, which is that of the file
+                placed = ((answer, *places[answer.id]) for answer in answers)
+                rows = (
+                    response(run.settings.model.name, answer, speech_id, sample, words[setting][speech_id])
+                    for answer, speech_id, of, sample in placed
+                    if of == setting
+                )
+                run.write(path, rows, "response")
+        write_failures(run, failures)
 
 
 def check_arguments(run: Stage) -> None:
@@ -124,7 +124,9 @@ def word_counts(run: Stage, speeches: dict[str, dict]) -> dict[str, int]:
     return found
 
 
-def speech_request(settings: GenerateSettings, speeches: dict, words: dict, setting: str, speech_id: str, sample: int) -> ChatRequest:
+def speech_request(
+    settings: GenerateSettings, speeches: dict, words: dict, request_id: str, speech_id: str, setting: str, sample: int
+) -> ChatRequest:
     """Return the request for one answer; the same speech and sample have the same seed in both settings."""
     text = speeches[speech_id]["text"]
     if setting == LENGTH:
@@ -132,16 +134,16 @@ def speech_request(settings: GenerateSettings, speeches: dict, words: dict, sett
     else:
         prompt = render(settings.prompt, client_speech=text)
     seed = int(content_hash(settings.seed, speech_id, sample, digits=7), 16)  # below 2**28: every server takes it
-    return ChatRequest(id=f"{speech_id}/{setting}/{sample}", messages=chat_messages(settings.model, prompt), seed=seed)
+    return ChatRequest(id=request_id, messages=chat_messages(settings.model, prompt), seed=seed)
 
 
-def asked_answers(run: Stage, requests: dict[tuple, ChatRequest]) -> tuple[list[ChatAnswer], list[ChatFailure]]:
+def asked_answers(run: Stage, requests: Collection[ChatRequest]) -> tuple[Collection[ChatAnswer], Collection[ChatFailure]]:
     """Ask the model, in one go for both settings: a model that is served starts once."""
     if run.args.weights and not run.args.plan:
         run.model(run.args.weights)
     answers, failures, totals = complete(
         run.settings.model,
-        list(requests.values()),
+        requests,
         endpoints=run.args.endpoints,
         journal=run.args.journal,
         weights=run.args.weights,
@@ -162,15 +164,15 @@ def require_text(request: ChatRequest, text: str) -> None:
 
 
 def recorded_answers(
-    run: Stage, speeches: dict[str, dict], requests: dict[tuple, ChatRequest]
+    run: Stage, speeches: dict[str, dict], requests: Collection[ChatRequest]
 ) -> tuple[list[ChatAnswer], list[ChatFailure]]:
     """Take the answers from a file, joined by the key of the speech in its source."""
     from psychocounsel.adapters import read_answers
 
     texts = read_answers(run.settings.recorded.adapter, run.uses(run.args.recorded), run.settings.recorded.columns)
     answers, failures = [], []
-    for (_, speech_id, _), request in requests.items():
-        text = texts.get(speeches[speech_id]["source_key"], "")
+    for request in requests:
+        text = texts.get(speeches[request.id.partition("/")[0]]["source_key"], "")
         key = content_hash({"recorded": run.settings.model.id, "messages": request.messages, "text": text})
         if text.strip():
             answers.append(ChatAnswer(request.id, key, text, finish_reason=None, usage=None, served_model=None))

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from psychocounsel.asking import AskSettings, Principle, add_request_arguments, ask
-from psychocounsel.chat import ChatRequest
+from psychocounsel.chat import ChatAnswer, ChatRequest, Lazy
 from psychocounsel.errors import UserError
 from psychocounsel.models import chat_messages
 from psychocounsel.parsing import better_schema, parse_better
@@ -47,27 +47,30 @@ def main() -> None:
         run.account("speeches", len(speeches), len(both), lost)
 
         places = {f"{s}/{order}": (s, order == "policy first") for s in both for order in ("policy first", "opponent first")}
-        requests = []
-        for request_id, (speech_id, policy_first) in places.items():
+
+        def request(request_id: str) -> ChatRequest:
+            speech_id, policy_first = places[request_id]
             texts = [policy[speech_id], opponent[speech_id]]
-            requests.append(judging_request(request_id, speeches[speech_id], texts if policy_first else texts[::-1], settings))
-        answers, _ = ask(run, requests, lambda request, raw: parse_better(raw), better_schema(with_rationale=True))
-        rows = [
-            {
-                "speech_id": speech_id,
-                "policy": settings.policy,
-                "opponent": settings.opponent,
-                "setting": settings.setting,
-                "judge": settings.model.name,
-                "policy_first": policy_first,
-                "raw": answers[request_id].text,
-                "usage": answers[request_id].usage,
-                "request_key": answers[request_id].request_key,
-            }
-            for request_id, (speech_id, policy_first) in places.items()
-            if request_id in answers
-        ]
+            return judging_request(request_id, speeches[speech_id], texts if policy_first else texts[::-1], settings)
+
+        answers, _ = ask(run, Lazy(places, request), lambda request, raw: parse_better(raw), better_schema(with_rationale=True))
+        rows = [judgement_answer(answer, *places[answer.id], settings) for answer in answers]
         run.write(run.args.out, rows, "judgement_answer", sort_by=lambda row: (row["speech_id"], not row["policy_first"]))
+
+
+def judgement_answer(answer: ChatAnswer, speech_id: str, policy_first: bool, settings: JudgeSettings) -> dict:
+    """Return the record of an answer."""
+    return {
+        "speech_id": speech_id,
+        "policy": settings.policy,
+        "opponent": settings.opponent,
+        "setting": settings.setting,
+        "judge": settings.model.name,
+        "policy_first": policy_first,
+        "raw": answer.text,
+        "usage": answer.usage,
+        "request_key": answer.request_key,
+    }
 
 
 def answers_by_speech(responses: list[dict], model: str, file: str) -> dict[str, str]:

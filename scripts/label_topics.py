@@ -9,7 +9,7 @@ from collections import Counter
 from pydantic import Field
 
 from psychocounsel.asking import AskSettings, add_request_arguments, ask
-from psychocounsel.chat import ChatRequest
+from psychocounsel.chat import ChatRequest, Lazy
 from psychocounsel.errors import UserError, nearest
 from psychocounsel.models import Part, chat_messages
 from psychocounsel.parsing import parse_topic, topic_schema
@@ -55,15 +55,15 @@ def main() -> None:
         unlabelled = [s for s in speeches if s["speech_id"] not in labelled]
 
         taxonomy = run.settings.model_dump()["taxonomy"]
-        requests = [topic_request(speech, taxonomy, run.settings) for speech in unlabelled]
+        requests = Lazy(unlabelled, lambda speech: topic_request(speech, taxonomy, run.settings))
         answers, failures = ask(run, requests, lambda request, raw: parse_topic(raw, coarse_of), topic_schema(coarse_of))
 
         rows = [row(speech_id, topic, coarse_of, "source") for speech_id, topic in labelled.items()]
-        for speech_id, answer in answers.items():
+        for answer in answers:
             topic = parse_topic(answer.text, coarse_of)
-            rows.append(row(speech_id, topic, coarse_of, "judge", run.settings.model.name, answer.text, answer.request_key))
-        for speech_id, failure in failures.items():
-            rows.append(row(speech_id, FALLBACK, coarse_of, "judge", run.settings.model.name, None, failure.request_key))
+            rows.append(row(answer.id, topic, coarse_of, "judge", run.settings.model.name, answer.text, answer.request_key))
+        for failure in failures:
+            rows.append(row(failure.id, FALLBACK, coarse_of, "judge", run.settings.model.name, None, failure.request_key))
         unknown = Counter(s["topic_label"] for s in unlabelled if s["topic_label"])
         for label, count in sorted(unknown.items()):
             log.warning("label %r of %d speeches is no topic and has no alias: judged", label, count)

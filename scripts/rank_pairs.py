@@ -5,7 +5,7 @@ Answers are kept as they came; evaluate_rewards.py reads them.
 """
 
 from psychocounsel.asking import AskSettings, add_request_arguments, ask
-from psychocounsel.chat import ChatRequest
+from psychocounsel.chat import ChatAnswer, ChatRequest, Lazy
 from psychocounsel.models import chat_messages
 from psychocounsel.parsing import better_schema, parse_better
 from psychocounsel.prompts import render
@@ -25,22 +25,23 @@ def main() -> None:
         places = {
             f"{pair['pair_id']}/{order}": (pair, order == "chosen first") for pair in pairs for order in ("chosen first", "rejected first")
         }
-        requests = [ranking_request(request_id, *place, run.settings) for request_id, place in places.items()]
+        requests = Lazy(places, lambda request_id: ranking_request(request_id, *places[request_id], run.settings))
         answers, _ = ask(run, requests, lambda request, raw: parse_better(raw), better_schema(with_rationale=False))
-        rows = [
-            {
-                "pair_id": pair["pair_id"],
-                "speech_id": pair["speech_id"],
-                "ranker": run.settings.model.name,
-                "chosen_first": chosen_first,
-                "raw": answers[request_id].text,
-                "usage": answers[request_id].usage,
-                "request_key": answers[request_id].request_key,
-            }
-            for request_id, (pair, chosen_first) in places.items()
-            if request_id in answers
-        ]
+        rows = [ranking_answer(answer, *places[answer.id], run.settings.model.name) for answer in answers]
         run.write(run.args.out, rows, "ranking_answer", sort_by=lambda row: (row["pair_id"], not row["chosen_first"]))
+
+
+def ranking_answer(answer: ChatAnswer, pair: dict, chosen_first: bool, ranker: str) -> dict:
+    """Return the record of an answer."""
+    return {
+        "pair_id": pair["pair_id"],
+        "speech_id": pair["speech_id"],
+        "ranker": ranker,
+        "chosen_first": chosen_first,
+        "raw": answer.text,
+        "usage": answer.usage,
+        "request_key": answer.request_key,
+    }
 
 
 def ranking_request(request_id: str, pair: dict, chosen_first: bool, settings: AskSettings) -> ChatRequest:

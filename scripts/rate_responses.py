@@ -6,12 +6,13 @@ share everything but the principle, which comes last, so that a server's prefix 
 A speech with fewer than two responses is left out and counted. Answers are kept as they came; parse_ratings.py reads them.
 """
 
+import itertools
 from collections import defaultdict
 
 from pydantic import Field
 
 from psychocounsel.asking import AskSettings, Principle, add_request_arguments, ask
-from psychocounsel.chat import ChatRequest
+from psychocounsel.chat import ChatAnswer, ChatRequest, Lazy
 from psychocounsel.errors import UserError
 from psychocounsel.models import chat_messages
 from psychocounsel.parsing import parse_ratings, ratings_schema
@@ -42,27 +43,32 @@ def main() -> None:
         }
         run.account("speeches", len(speeches), len(orders), {"fewer than two responses": len(speeches) - len(orders)})
 
-        places = {f"{speech_id}/{principle.id}": (speech_id, principle) for speech_id in orders for principle in run.settings.principles}
-        requests = [
-            rating_request(request_id, speeches[speech_id], [responses[speech_id][r] for r in orders[speech_id]], principle, run.settings)
-            for request_id, (speech_id, principle) in places.items()
-        ]
-        answers, _ = ask(run, requests, check=lambda request, raw: parse_ratings(raw, len(request.task["responses"])))
-        rows = [
-            {
-                "speech_id": speech_id,
-                "principle": principle.id,
-                "judge": run.settings.model.name,
-                "order": orders[speech_id],
-                "raw": answers[request_id].text,
-                "usage": answers[request_id].usage,
-                "request_key": answers[request_id].request_key,
-                "served_model": answers[request_id].served_model,
-            }
-            for request_id, (speech_id, principle) in places.items()
-            if request_id in answers
-        ]
-        run.write(run.args.out, rows, "rating_answer", sort_by=lambda row: (row["speech_id"], row["principle"]))
+        principles = {principle.id: principle for principle in run.settings.principles}
+        places = list(itertools.product(orders, sorted(principles)))  # in the order of the output, which is written as it is read
+
+        def request(place: tuple[str, str]) -> ChatRequest:
+            speech_id, principle = place
+            texts = [responses[speech_id][response_id] for response_id in orders[speech_id]]
+            return rating_request(speech_id, speeches[speech_id], texts, principles[principle], run.settings)
+
+        answers, _ = ask(run, Lazy(places, request), check=lambda request, raw: parse_ratings(raw, len(request.task["responses"])))
+        rows = (rating_answer(answer, orders, run.settings.model.name) for answer in answers)
+        run.write(run.args.out, rows, "rating_answer")
+
+
+def rating_answer(answer: ChatAnswer, orders: dict[str, list[str]], judge: str) -> dict:
+    """Return the record of an answer."""
+    speech_id, _, principle = answer.id.partition("/")
+    return {
+        "speech_id": speech_id,
+        "principle": principle,
+        "judge": judge,
+        "order": orders[speech_id],
+        "raw": answer.text,
+        "usage": answer.usage,
+        "request_key": answer.request_key,
+        "served_model": answer.served_model,
+    }
 
 
 def responses_by_speech(run, speeches: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -84,16 +90,17 @@ def shown_order(response_ids: dict[str, str], speech_id: str, seed: int) -> list
     return hash_order(response_ids, seed, "rating order", speech_id)
 
 
-def rating_request(request_id: str, speech: str, texts: list[str], principle: Principle, settings: RateSettings) -> ChatRequest:
+def rating_request(speech_id: str, speech: str, texts: list[str], principle: Principle, settings: RateSettings) -> ChatRequest:
     """Return the request that rates the responses to one speech on one principle."""
     prompt = render(settings.prompt, client_speech=speech, responses=texts, principle=principle)
     task = {"kind": "rate", "speech": speech, "responses": texts, "principle": principle.id}
     return ChatRequest(
-        id=request_id,
+        id=f"{speech_id}/{principle.id}",
         messages=chat_messages(settings.model, prompt),
         task=task,
         seed=settings.seed,
         response_schema=ratings_schema(len(texts)),
+        group=speech_id,
     )
 
 

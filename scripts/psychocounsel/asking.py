@@ -1,7 +1,7 @@
 """What the programs that ask a judge share: settings, arguments, and one call that accounts for every request."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from pydantic import Field
 
@@ -46,9 +46,9 @@ def add_price_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def ask(
-    run: Stage, requests: list[ChatRequest], check: Callable[[ChatRequest, str], object], response_schema: dict | None = None
-) -> tuple[dict[str, ChatAnswer], dict[str, ChatFailure]]:
-    """Ask the model of the settings; account for requests and tokens, write the failures; return answers and failures by request id."""
+    run: Stage, requests: Collection[ChatRequest], check: Callable[[ChatRequest, str], object], response_schema: dict | None = None
+) -> tuple[Collection[ChatAnswer], Collection[ChatFailure]]:
+    """Ask the model of the settings; account for requests and tokens, write the failures; return answers and failures in order."""
     settings, args = run.settings, run.args
     if args.weights and not args.plan:
         run.model(args.weights)
@@ -67,6 +67,11 @@ def ask(
     )
     run.note(api=totals)
     run.account("requests", rows_in=len(requests), rows_out=len(answers), dropped={"no usable answer": len(failures)})
+    write_failures(run, failures)
+    return answers, failures
+
+
+def write_failures(run: Stage, failures: Collection[ChatFailure]) -> None:
+    """Write the requests without a usable answer."""
     rows = [{"request_id": f.id, "request_key": f.request_key, "reason": f.reason, "raw": f.raw} for f in failures]
-    run.write(args.failed, rows, "failure", sort_by="request_id")
-    return {answer.id: answer for answer in answers}, {failure.id: failure for failure in failures}
+    run.write(run.args.failed, rows, "failure", sort_by="request_id")

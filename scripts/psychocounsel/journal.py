@@ -4,105 +4,182 @@ Snakemake deletes the outputs of a failed job; the journal lies elsewhere, so th
 stage never costs an answer twice. A line holds what became of one request, under its request_key:
 
     {"key": …, "answer": {"text": …, "finish_reason": …, "usage": …, "served_model": …} or null,
-     "reason": why there is no answer, or null, "raw": [texts of the unusable attempts], "spent": tokens of all attempts}
+     "reason": why there is no answer, or null, "raw": [texts of the unusable attempts], "spent": tokens of all attempts,
+     "crc": CRC-32 of the line up to here, in hex; lines of older runs have none}
+
+A line reaches the operating system at once and the disk within SYNC_EVERY_S: a kill costs nothing that was added, a power
+cut the lines of that time. What either leaves torn at the end is dropped; any other damage is an error with file and line.
+In memory stands only where each line begins: answers are read when they are looked at.
 """
 
 import fcntl
+import logging
 import os
-import time
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import orjson
 
 from psychocounsel.errors import UserError
-from psychocounsel.records import iter_json_lines
 
 CODE_VERSION = 1  # counts in code fingerprints instead of this module's text
 
-SYNC_EVERY_S = 2.0  # every line reaches the operating system at once, the disk after at most so long: a power cut may cost these
+SYNC_EVERY_S = 1.0
+
+log = logging.getLogger("psychocounsel")
 
 
 class Journal:
-    """An open, locked journal: `answers` holds the answered requests by key, `add` appends one more outcome."""
+    """The open, locked journal of the requests with the given keys (SHA-256 as bytes): `key in journal` tells whether one is answered.
 
-    def __init__(self, path: Path) -> None:
+    `add` appends what became of one more; `outcome` and the counts stay of use when the journal is closed.
+    """
+
+    def __init__(self, path: Path, keys: Iterable[bytes]) -> None:
         self.path = path
-        self.answers: dict[str, dict] = {}  # request_key -> outcome
-        self.spent: dict[str, dict[str, int]] = {}  # request_key -> tokens of all attempts, those of earlier failures too
-        self.synced = time.monotonic()
+        self.answers: dict[bytes, int | None] = dict.fromkeys(keys)  # key -> where the line of its answer begins
+        self.failures: dict[bytes, int] = {}  # the same of the last failure of requests without an answer
+        self.spent = add_tokens({}, None)  # tokens of all attempts, those of failures too
+        self.served_models: set[str] = set()  # as the endpoint names them
+        self.end = 0  # size of the file
 
     def __enter__(self) -> "Journal":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: BinaryIO = open(self.path, "ab")  # noqa: SIM115 (open as long as the journal)
+        self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the journal)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            for line in whole_lines(self.path):
+                self._take(orjson.loads(line), len(line))
+            drop_torn_end(self.path, self.end)
+        except BaseException as fault:
             self.file.close()
-            raise UserError(f"{self.path}: another job writes this journal; wait for it or stop it first") from None
-        drop_torn_line(self.path)
-        for number, outcome in iter_json_lines(self.path):
-            self._take(journalled(self.path, number, outcome))
+            if isinstance(fault, BlockingIOError):
+                raise UserError(f"{self.path}: another job writes this journal; wait for it or stop it first") from None
+            raise
+        self.reader = open(self.path, "rb")  # noqa: SIM115 (answers are read later, too)
+        self.closing, self.unsynced, self.fault = threading.Event(), False, None
+        self.syncing = threading.Thread(target=self._sync_in_groups, daemon=True)
+        self.syncing.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self.syncing.join()
         os.fsync(self.file.fileno())
         self.file.close()  # releases the lock
 
+    def __contains__(self, key: bytes) -> bool:
+        return self.answers.get(key) is not None
+
+    def outcome(self, key: bytes) -> dict:
+        """Return the line of a request's answer, or of its last failure."""
+        self.reader.seek(self.answers[key] if key in self else self.failures[key])
+        return orjson.loads(self.reader.readline())
+
     def add(self, outcome: dict) -> None:
         """Append what became of a request."""
-        self.file.write(orjson.dumps(outcome, option=orjson.OPT_APPEND_NEWLINE))
+        if self.fault:
+            raise self.fault
+        line = rendered(outcome)
+        self.file.write(line)
         self.file.flush()
-        if time.monotonic() - self.synced > SYNC_EVERY_S:
-            os.fsync(self.file.fileno())
-            self.synced = time.monotonic()
-        self._take(outcome)
+        self.unsynced = True
+        self._take(outcome, len(line))
 
-    def _take(self, outcome: dict) -> None:
-        """Count an outcome; a failure is not kept among the answers, so that a later run asks again."""
-        if outcome["answer"] is not None:
-            self.answers[outcome["key"]] = outcome
-        self.spent[outcome["key"]] = add_tokens(self.spent.get(outcome["key"], {}), outcome["spent"])
+    def _take(self, outcome: dict, length: int) -> None:
+        """Count the outcome on the next line; a failure is no answer, so that a later run asks again."""
+        start, self.end, key, answer = self.end, self.end + length, bytes.fromhex(outcome["key"]), outcome["answer"]
+        if key not in self.answers:  # of other requests: an earlier prompt's
+            return
+        self.spent = add_tokens(self.spent, outcome["spent"])
+        if answer is None:
+            self.failures[key] = start
+            return
+        self.answers[key] = start
+        self.failures.pop(key, None)
+        if answer["served_model"]:
+            self.served_models.add(answer["served_model"])
+
+    def _sync_in_groups(self) -> None:
+        """Bring to the disk what was added since the last time, aside from the loop that asks."""
+        try:
+            sync_folder(self.path.parent)  # or a power cut could lose a new file as a whole
+            while not self.closing.wait(SYNC_EVERY_S):
+                if self.unsynced:
+                    self.unsynced = False
+                    os.fsync(self.file.fileno())
+        except OSError as fault:
+            self.fault = fault
+
+
+def rendered(outcome: dict) -> bytes:
+    """Return the line of an outcome."""
+    body = orjson.dumps(outcome)[:-1]
+    return b'%b,"crc":"%08x"}\n' % (body, zlib.crc32(body))
+
+
+def intact(line: bytes) -> bool:
+    """Say whether a line is one of a journal, as it was written."""
+    body, mark, crc = line.rpartition(b',"crc":"')
+    if mark:  # no text of an answer looks so: its quotes are escaped
+        return crc == b'%08x"}\n' % zlib.crc32(body)
+    try:
+        outcome = orjson.loads(line)
+        return len(bytes.fromhex(outcome["key"])) > 0 and outcome.keys() == {"key", "answer", "reason", "raw", "spent"}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a journal but for a torn end; raise UserError for any other damaged line.
+
+    A kill leaves a last line without its end; a power cut may also leave NUL bytes where the last lines were to stand.
+    """
+    torn = 0  # number of the first line that a power cut may have left
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            ended = line.endswith(b"\n")
+            whole = ended and intact(line)
+            if (whole and torn) or (ended and not whole and b"\0" not in line):
+                raise UserError(
+                    f"{path}:{torn or number}: this line of the journal is damaged. `sed -i {torn or number}d {path}` removes it:"
+                    " its request is asked, and paid, again; all other answers stay."
+                )
+            if whole:
+                yield line
+            torn = torn or (0 if whole else number)
+
+
+def drop_torn_end(path: Path, end: int) -> None:
+    """Cut off what follows the last whole line, and say so."""
+    if (excess := path.stat().st_size - end) > 0:
+        log.warning("%s: an unfinished line at the end is dropped (%d bytes): a run was cut off while it wrote", path, excess)
+        os.truncate(path, end)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def peek(path: Path) -> dict[str, dict]:
     """Return the answers of a journal by key, without their texts and without locking it: another job may be writing its last line."""
     found: dict[str, dict] = {}
     if path.is_file():
-        with open(path, "rb") as file:
-            for number, line in enumerate((line for line in file if line.endswith(b"\n")), start=1):
-                try:
-                    outcome = orjson.loads(line)
-                except orjson.JSONDecodeError:
-                    outcome = {}
-                if journalled(path, number, outcome)["answer"] is not None:
-                    found[outcome["key"]] = {key: value for key, value in outcome["answer"].items() if key != "text"}
+        for line in whole_lines(path):
+            outcome = orjson.loads(line)
+            if outcome["answer"] is not None:
+                found[outcome["key"]] = {key: value for key, value in outcome["answer"].items() if key != "text"}
     return found
-
-
-def journalled(path: Path, number: int, outcome: dict) -> dict:
-    """Return a line of a journal; raise UserError for one that is none."""
-    if not {"key", "answer", "reason", "raw", "spent"} <= set(outcome):
-        raise UserError(f"{path}:{number}: not a line of a journal; move the file away to ask everything again")
-    return outcome
 
 
 def add_tokens(total: dict, usage: dict | None) -> dict[str, int]:
     """Return the sum of two counts of tokens by kind; a kind that an endpoint does not count is 0."""
     kinds = ("prompt_tokens", "completion_tokens", "cached_tokens")
     return {kind: (total.get(kind) or 0) + ((usage or {}).get(kind) or 0) for kind in kinds}
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut off what follows the last line end: a line that a kill left unfinished."""
-    with open(path, "rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:  # backwards in blocks: a journal may have gigabytes
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        file.truncate(end)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from fakes.openai_server import FakeServer, Reply, echo, error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psychocounsel import chat
-from psychocounsel.chat import ChatRequest, complete
+from psychocounsel import chat, line
+from psychocounsel.chat import ChatRequest, Lazy, complete
 from psychocounsel.endpoints import Endpoint, read_endpoint
 from psychocounsel.errors import UserError
-from psychocounsel.journal import Journal
+from psychocounsel.journal import peek
 from psychocounsel.models import ModelSpec
 from psychocounsel.records import write_manifest
 from psychocounsel.serving import free_port
@@ -31,7 +32,7 @@ KEY = "sk-very-secret"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(chat, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(line, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setenv("FAKE_KEY", KEY)
 
 
@@ -55,7 +56,8 @@ def ask(folder: Path, server: FakeServer, asked: list[ChatRequest], spec: ModelS
     }
     endpoints = folder / "endpoints.yaml"
     endpoints.write_text(yaml.safe_dump({"fake": entry}))
-    return complete(spec or model(), asked, endpoints=endpoints, journal=folder / "journal.jsonl", **options)
+    answers, failures, totals = complete(spec or model(), asked, endpoints=endpoints, journal=folder / "journal.jsonl", **options)
+    return list(answers), list(failures), totals
 
 
 def long_enough(request: ChatRequest, text: str) -> None:
@@ -147,6 +149,47 @@ def test_tokens_per_minute_pace_the_requests(tmp_path):
     assert gaps[3] > 0.8
 
 
+def test_the_first_of_a_group_goes_ahead_and_the_others_follow_together(tmp_path):
+    """Seven questions on each of ten speeches: six of them find the cache that the first one filled."""
+    asked = [ChatRequest(f"{s}/{p}", [{"role": "user", "content": f"speech{s} {p}"}], group=str(s)) for s in range(10) for p in range(7)]
+    with FakeServer(lambda body, nth: Reply("ok", delay=0.03)) as server:
+        ask(tmp_path, server, asked, limits={"concurrency": 4})
+    arrived = [body["messages"][-1]["content"] for body in server.requests]
+    assert len(arrived) == 70
+    for speech in range(10):
+        places = [place for place, text in enumerate(arrived) if text.startswith(f"speech{speech} ")]
+        assert arrived[places[0]] == f"speech{speech} 0"
+        first, second = (server.times[place] for place in places[:2])
+        assert second - first >= 0.03, "not before the first one is answered"
+        assert places[-1] - places[1] <= 5 + 2 * 4, "close together: between them stands no more than was under way, or freed with them"
+    assert server.most_in_flight == 4
+
+
+def test_groups_of_one_worker_and_groups_that_fail_go_on(tmp_path):
+    asked = [ChatRequest(f"{s}/{p}", [{"role": "user", "content": f"speech{s} {p}"}], group=str(s)) for s in range(3) for p in range(3)]
+    with FakeServer(lambda body, nth: error(400) if body["messages"][-1]["content"].endswith(" 0") else Reply("ok")) as server:
+        answers, failures, _ = ask(tmp_path, server, asked, limits={"concurrency": 1}, max_failed_share=0.4)
+    assert [body["messages"][-1]["content"] for body in server.requests] == [f"speech{s} {p}" for s in range(3) for p in range(3)]
+    assert (len(answers), len(failures)) == (6, 3)
+
+
+def test_requests_are_built_on_the_way(tmp_path):
+    """No more requests exist at a time than are under way or wait for the first of their group."""
+    alive, most = set(), []
+
+    def build(number: int) -> ChatRequest:
+        built = ChatRequest(f"r{number}", [{"role": "user", "content": f"question {number}"}], group=str(number // 7))
+        alive.add(id(built))
+        weakref.finalize(built, alive.discard, id(built))
+        most.append(len(alive))
+        return built
+
+    with FakeServer() as server:
+        answers, _, _ = ask(tmp_path, server, Lazy(range(210), build), limits={"concurrency": 3})
+    assert [a.text for a in answers] == [f"You said: question {n}" for n in range(210)]
+    assert max(most) < 60
+
+
 # Faults -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -232,8 +275,7 @@ def test_more_failures_than_the_share_fail_the_program(tmp_path, bad, share, fai
         with pytest.raises(UserError, match=f"{bad} of 10 requests.*too short \\({bad}\\)") as caught:
             ask(tmp_path, server, requests(10), check=long_enough, max_failed_share=share)
     assert "secret" not in str(caught.value)
-    with Journal(tmp_path / "journal.jsonl") as journal:
-        assert len(journal.answers) == 10 - bad, "what was answered is kept"
+    assert len(peek(tmp_path / "journal.jsonl")) == 10 - bad, "what was answered is kept"
 
 
 @pytest.mark.parametrize(
@@ -254,8 +296,7 @@ def test_a_fatal_fault_stops_at_once_and_keeps_what_was_answered(tmp_path, fault
         ask(tmp_path, server, requests(50), limits={"concurrency": 2})
     assert len(server.requests) <= 8
     assert KEY not in str(caught.value)
-    with Journal(tmp_path / "journal.jsonl") as journal:
-        assert len(journal.answers) >= 4
+    assert len(peek(tmp_path / "journal.jsonl")) >= 4
 
 
 def test_a_missing_key_names_the_variable_before_anything_is_asked(tmp_path, monkeypatch):
@@ -391,6 +432,19 @@ def test_everything_that_determines_an_answer_changes_the_key():
     assert len(set(keys)) == len(keys)
 
 
+def test_keys_are_those_of_earlier_versions():
+    """Whoever has paid for answers under these keys must find them again: a change here voids every journal."""
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I feel ÷ sad."}]
+    judge = {"name": "judge", "id": "gpt-4o-2024-08-06", "instruction": "x", "sampling": {"temperature": 0.0, "max_tokens": 1024}}
+    judge = ModelSpec(endpoint="openai", structured_output="json_schema", **judge)
+    asked = ChatRequest("a", messages, seed=7, group="no part of it")
+    assert key_of(judge, asked, schema={"type": "object"}) == "79f81d1a8a1b08da794fe466a9e1290ba4b5f582ec22f175edd715f86a53e4f9"
+    served = {"id": "meta-llama/Llama-3.1-8B-Instruct", "revision": "abc", "serve": {"dtype": "bfloat16", "max_model_len": 8192}}
+    served |= {"sampling": {"temperature": 0.7, "top_p": 0.95, "max_tokens": 512}, "chat_template_kwargs": {"date_string": "26 Jul 2024"}}
+    again = ChatRequest("a", messages, seed=7, repeat=1)
+    assert key_of(model(**served), again, kind="serve") == "b5dda117856f8543c7c5c5e6e06c9c7a85592f2bae3097fd88bca46591ba0eec"
+
+
 def test_names_and_addresses_do_not_change_the_key(tmp_path):
     request = requests(1)[0]
     assert key_of(model(name="other", endpoint="elsewhere", instruction="shown in the messages"), request) == key_of(model(), request)
@@ -438,10 +492,10 @@ def test_the_rubric_answers_offline(tmp_path):
     endpoints.write_text("rubric: {kind: local}")
     task = {"kind": "judge", "speech": "I feel sad.", "responses": ["That sounds hard. What happened?", "Stop it."]}
     asked = [ChatRequest("a", [{"role": "user", "content": "x"}], task=task)]
-    answers, failures, totals = complete(model(name="rubric", endpoint="rubric"), asked, endpoints=endpoints, journal=tmp_path / "j")
-    assert (answers[0].usage, answers[0].finish_reason, answers[0].served_model) == (None, "stop", "rubric")
-    assert orjson.loads(answers[0].text)
-    assert failures == []
+    (answer,), failures, totals = complete(model(name="rubric", endpoint="rubric"), asked, endpoints=endpoints, journal=tmp_path / "j")
+    assert (answer.usage, answer.finish_reason, answer.served_model) == (None, "stop", "rubric")
+    assert orjson.loads(answer.text)
+    assert not failures
     assert totals["prompt_tokens"] == 0
     assert not (tmp_path / "j").exists()
     with pytest.raises(UserError, match="rubric"):

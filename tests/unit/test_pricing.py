@@ -117,12 +117,12 @@ def test_without_an_answer_to_go_by_a_plan_is_an_upper_bound(tmp_path, server, c
 def test_peeking_takes_no_lock_and_leaves_out_an_unfinished_line(tmp_path):
     path = tmp_path / "journal.jsonl"
     answer = {"text": "secret", "finish_reason": "stop", "usage": None, "served_model": None}
-    with Journal(path) as journal:
-        journal.add({"key": "k", "answer": answer, "reason": None, "raw": [], "spent": {}})
-        journal.add({"key": "f", "answer": None, "reason": "empty", "raw": [], "spent": {}})
+    with Journal(path, []) as journal:
+        journal.add({"key": "aa", "answer": answer, "reason": None, "raw": [], "spent": {}})
+        journal.add({"key": "bb", "answer": None, "reason": "empty", "raw": [], "spent": {}})
         journal.file.write(b'{"key": "torn", "ans')
         journal.file.flush()
-        assert peek(path) == {"k": {"finish_reason": "stop", "usage": None, "served_model": None}}
+        assert peek(path) == {"aa": {"finish_reason": "stop", "usage": None, "served_model": None}}
     assert path.read_bytes().endswith(b'"torn", "ans')
     assert peek(tmp_path / "none.jsonl") == {}
     for line in (b'{"key": "k"}\n', b"no JSON\n"):
@@ -155,7 +155,7 @@ def generate(folder: Path, *words: str, **environment: str) -> subprocess.Comple
 
 def test_a_program_plans_without_key_lock_or_output(tmp_path, server, speeches):
     before = {path.name for path in tmp_path.iterdir()} | {"journal.jsonl"}
-    with Journal(tmp_path / "journal.jsonl"):  # another job is writing
+    with Journal(tmp_path / "journal.jsonl", []):  # another job is writing
         done = generate(tmp_path, "--plan")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["left"] == 2

@@ -160,7 +160,8 @@ def test_requests_of_a_speech_are_adjacent_and_share_all_but_the_principle(monke
     script(monkeypatch, lambda request: asked.append(request) or rubric.answer(request.task))
     rate(monkeypatch, files)
     prompts = [request.messages[-1]["content"] for request in asked]
-    assert [request.id for request in asked] == [f"{sid(n)}/{p}" for n in (1, 2) for p in rubric.RUBRIC]
+    assert [request.id for request in asked] == [f"{sid(n)}/{p}" for n in (1, 2) for p in sorted(rubric.RUBRIC)]
+    assert [request.group for request in asked] == [sid(1)] * 7 + [sid(2)] * 7
     for group in (prompts[:7], prompts[7:]):
         shared = len(list(itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*group, strict=False))))
         assert all("Principle" not in prompt[: shared - len("Principle: ")] for prompt in group)

@@ -149,11 +149,11 @@ def test_a_journal_that_answers_everything_starts_no_server(fake_server, monkeyp
     endpoints = tmp_path / "endpoints.yaml"
     endpoints.write_text(yaml.safe_dump({"fake": {"kind": "serve", "server": "vllm", "start_timeout_s": 10, "concurrency": 2}}))
     asked = [ChatRequest(f"r{i}", [{"role": "user", "content": f"question {i}"}]) for i in range(3)]
-    first, _, _ = complete(model(), asked, endpoints=endpoints, journal=tmp_path / "j.jsonl")
+    first = list(complete(model(), asked, endpoints=endpoints, journal=tmp_path / "j.jsonl")[0])
     assert {a.served_model for a in first} == {"therapist"}
     assert (tmp_path / "j.jsonl.server.log").exists()
     monkeypatch.setattr(serving, "server_command", lambda *_: ["no-such-server"])
-    assert complete(model(), asked, endpoints=endpoints, journal=tmp_path / "j.jsonl")[0] == first
+    assert list(complete(model(), asked, endpoints=endpoints, journal=tmp_path / "j.jsonl")[0]) == first
 
 
 def test_a_server_that_dies_stops_the_program_with_its_log(monkeypatch, tmp_path):
@@ -183,7 +183,7 @@ def test_a_real_server_serves_a_real_model(tmp_path):
     def ask(temperature: float, journal: str):
         spec = model(sampling={"temperature": temperature, "top_p": 0.95, "max_tokens": 12}, serve={"dtype": "float32"})
         asked = [ChatRequest(f"r{i}", same, seed=i) for i in range(4)]
-        return complete(spec, asked, endpoints=endpoints, journal=tmp_path / journal, weights=manifest)[0]
+        return list(complete(spec, asked, endpoints=endpoints, journal=tmp_path / journal, weights=manifest)[0])
 
     sampled = ask(1.0, "a.jsonl")
     assert len({a.text for a in sampled}) == 4

@@ -58,6 +58,7 @@ READERS = {  # rule -> rules that read its outputs
 }
 ASKING = "label_topics generate_responses rate_responses rank_pairs sample_responses answer_opponent answer_speeches judge_answers"
 EVERY = " ".join(READERS)
+CLIENT_EDIT = ('reason, raw, spent = "", []', 'reason, raw, spent = "none", []')  # in code that every stage which asks runs
 
 
 def closure(rules: str) -> set[str]:
@@ -175,7 +176,8 @@ MATRIX = [
     ("a docstring", text("scripts/psychocounsel/chat.py", '"""The one client', '"""The only client'), "", {}),
     ("a module that only one program imports", text("scripts/psychocounsel/near_duplicates.py", "+ 1", "+ 2"), "select_speeches", {}),
     ("a module of two programs", text("scripts/psychocounsel/winrates.py", "0.5", "0.25"), "compute_win_rates write_report", {}),
-    ("the chat client", text("scripts/psychocounsel/chat.py", "LONGEST_PAUSE_S = 1.0, 60.0", "LONGEST_PAUSE_S = 1.0, 30.0"), ASKING, {}),
+    ("the chat client", text("scripts/psychocounsel/chat.py", *CLIENT_EDIT), ASKING, {}),
+    ("how requests are carried", text("scripts/psychocounsel/line.py", "LONGEST_PAUSE_S = 1.0, 60.0", "LONGEST_PAUSE_S = 1.0, 30.0"), "", {}),
     (
         "the version of a file format",
         text("scripts/psychocounsel/records.py", "CODE_VERSION = 1", "CODE_VERSION = 2"),
@@ -294,7 +296,7 @@ def test_an_output_edited_by_hand_stops_what_reads_it(copy):
 
 
 def test_a_change_in_the_chat_client_asks_nothing_and_trains_nothing_anew(copy):
-    text("scripts/psychocounsel/chat.py", "LONGEST_PAUSE_S = 1.0, 60.0", "LONGEST_PAUSE_S = 1.0, 30.0")(copy.folder)
+    text("scripts/psychocounsel/chat.py", *CLIENT_EDIT)(copy.folder)
     before = len(copy.server.requests)
     old = {f.relative_to(copy.folder): f.read_bytes() for f in copy.path(".").rglob("*.jsonl")}
     started = server_starts(copy)

@@ -1,0 +1,279 @@
+"""The line to an endpoint: carries calls within its limits, sends again what may pass, and tells its faults apart.
+
+passing  rate limits, time-outs, broken connections, a server's 5xx: sent again after growing pauses, or as long as Retry-After says
+refused  the endpoint will not answer this one request: its content or its length; asking again is of no use
+fatal    a refused key, an unknown model, an empty account: nothing more is sent; what is under way still comes in and is kept
+"""
+
+import asyncio
+import logging
+import math
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+from psychocounsel.endpoints import Endpoint
+from psychocounsel.errors import UserError
+from psychocounsel.pricing import CHARACTERS_PER_TOKEN
+
+CODE_VERSION = 1  # counts in code fingerprints instead of this module's text; raise it when what is kept of an answer changes
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before a request is sent again: doubled each time, unless Retry-After says how long
+NO_CONNECTION = "no connection"
+REFUSALS = {"refusal": "refused by the model", "content_filter": "stopped by a content filter"}  # finish_reason -> reason of a failure
+KEPT = "What was answered is kept: run again, and only the rest is asked."
+
+log = logging.getLogger("psychocounsel")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request that has to be sent."""
+
+    key: str  # its request_key
+    messages: list[dict]
+    options: dict  # arguments of `chat.completions.create` of this call alone
+    group: str | None  # calls of one group begin alike and follow each other
+    check: Callable[[str], object]  # raises ValueError(reason) where an answer's text is unusable
+
+
+class PassingFault(Exception):
+    """A fault of the endpoint that another attempt may not meet."""
+
+
+class RefusedRequest(Exception):
+    """The endpoint will not answer this one request; asking again is of no use."""
+
+
+async def send_all(
+    endpoint: Endpoint,
+    base_url: str,
+    api_key: str,
+    common: dict,
+    calls: Iterable[Call],
+    ask: Callable[["Line", Call], Awaitable[dict]],
+    keep: Callable[[dict], None],
+) -> None:
+    """Let `concurrency` workers ask the calls and keep the outcomes; raise the first fatal fault when all that is under way has come in.
+
+    `common` holds the arguments that all calls share. The calls are taken one by one, each when it may be sent.
+    """
+    from openai import AsyncOpenAI, DefaultAioHttpClient
+
+    # The package's own retries are off: ours count against the limits, and stop at once where a 429 means an empty account.
+    # Its aiohttp transport carries ten times the requests of the default one.
+    async with AsyncOpenAI(
+        base_url=base_url, api_key=api_key, timeout=endpoint.timeout_s, max_retries=0, http_client=DefaultAioHttpClient()
+    ) as client:
+        line, queue, turn = Line(client, endpoint, common), Queue(calls), asyncio.Lock()
+
+        async def work() -> None:
+            while True:
+                async with turn:  # one worker waits for the limits, so that the others still have the choice of what goes next
+                    call = None if line.fault else await queue.take()
+                    if call is None:
+                        return
+                    await line.admit(call)
+                try:
+                    keep(await ask(line, call))
+                except Exception as fault:
+                    line.stop(fault)
+                queue.answered(call)
+
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(endpoint.concurrency):
+                workers.create_task(work())
+    if line.fault:
+        raise line.fault
+
+
+class Queue:
+    """Calls in their order, but for groups: the first of a group goes ahead, the others follow together as soon as it is answered.
+
+    So a prefix cache, which the first one fills, serves the others. Meanwhile other groups' first calls go out: only at the end
+    does a worker idle.
+    """
+
+    def __init__(self, calls: Iterable[Call]) -> None:
+        self.calls = iter(calls)
+        self.ready: deque[Call] = deque()  # their group's first call was answered
+        self.held: dict[str, list[Call]] = {}  # group whose first call is under way -> calls that wait for it
+        self.warm: set[str] = set()  # groups whose first call was answered
+        self.change = asyncio.Event()
+
+    async def take(self) -> Call | None:
+        """Return the call that goes next, or None when there is none left."""
+        while not self.ready:
+            for call in self.calls:
+                if call.group in self.held:
+                    self.held[call.group].append(call)
+                    continue
+                if call.group is not None and call.group not in self.warm:
+                    self.held[call.group] = []
+                return call
+            if not self.held:
+                return None
+            self.change.clear()
+            await self.change.wait()
+        return self.ready.popleft()
+
+    def answered(self, call: Call) -> None:
+        """Let a group's other calls follow its first one, whatever became of it."""
+        if call.group in self.held:
+            self.ready.extend(self.held.pop(call.group))
+            self.warm.add(call.group)
+            self.change.set()
+
+
+class Line:
+    """An open line: keeps the endpoint's limits, sends again what may pass, and is stopped by the first fatal fault."""
+
+    def __init__(self, client, endpoint: Endpoint, common: dict) -> None:
+        self.client, self.endpoint, self.common = client, endpoint, common
+        self.longest_answer = common.get("max_tokens") or common.get("max_completion_tokens") or 0
+        self.requests, self.tokens = limiter(endpoint.requests_per_minute), limiter(endpoint.tokens_per_minute)
+        self.fault: Exception | None = None
+        self.stopped = asyncio.Event()
+
+    def stop(self, fault: Exception) -> None:
+        """Send nothing any more: `fault` is fatal; the first one counts."""
+        self.fault = self.fault or fault
+        self.stopped.set()
+
+    async def admit(self, call: Call) -> None:
+        """Wait until the limits let a call through: each time before it is sent."""
+        if self.requests:
+            await acquire(self.requests, 1)
+        if self.tokens:
+            await acquire(self.tokens, math.ceil(characters(call.messages) / CHARACTERS_PER_TOKEN) + self.longest_answer)
+
+    async def send(self, call: Call, options: dict, admitted: bool) -> dict:
+        """Return the answer to one call, sent with these options: text, finish_reason, usage, served_model.
+
+        Raise PassingFault where it did not pass in all retries, RefusedRequest, or what is fatal.
+        """
+        from openai import APIError
+
+        for retry in range(self.endpoint.max_retries + 1):
+            if retry or not admitted:
+                await self.admit(call)
+            if self.fault:
+                raise self.fault
+            try:
+                async with asyncio.timeout(self.endpoint.timeout_s):  # the client's own begins anew with each piece of an answer
+                    completion = await self.client.chat.completions.create(messages=call.messages, **self.common, **options)
+                return read_completion(completion)
+            except (APIError, ValueError, AttributeError, TimeoutError) as error:  # the middle ones: no JSON, or no completion
+                reason = self.reason(error)
+                if retry < self.endpoint.max_retries:
+                    await self.wait(pause(error, retry))
+                elif self.endpoint.kind == "serve" and reason == NO_CONNECTION:
+                    raise ConnectionError from None  # a server of our own, on this host: it will not come back
+        raise PassingFault(reason)
+
+    async def wait(self, seconds: float) -> None:
+        """Sleep, but not past the line's end."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopped.wait(), seconds)
+
+    def reason(self, error: Exception) -> str:
+        """Return the reason of a passing fault; raise UserError for a fatal one, RefusedRequest for a request at fault itself."""
+        from httpx2 import ConnectTimeout
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+        if isinstance(error, TimeoutError):
+            return "no answer in time"
+        if isinstance(error, APITimeoutError) and not isinstance(error.__cause__, ConnectTimeout):  # which this transport calls any refusal
+            return "no answer in time"
+        if isinstance(error, APIConnectionError):
+            return NO_CONNECTION
+        if not isinstance(error, APIStatusError):
+            return "a reply that is no completion"
+        status, code, where = error.status_code, error.code, self.client.base_url
+        if status in (401, 403) or code == "invalid_api_key":  # the endpoint's own message may quote the key
+            raise UserError(f"{where} refuses the key in {self.endpoint.api_key_env} for {self.common['model']} (HTTP {status}). {KEPT}")
+        if status == 402 or code in ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"):
+            raise UserError(f"{where}: the account is exhausted (HTTP {status}); top it up. {KEPT}")
+        if status == 404 or code == "model_not_found":
+            raise UserError(
+                f"{where} knows no model {self.common['model']!r}: see `id` in models.yaml, `base_url` in endpoints.yaml. {KEPT}"
+            )
+        if status in (408, 409, 429) or status >= 500:
+            return f"HTTP {status}: {error.message}"
+        if code in ("content_filter", "content_policy_violation"):
+            raise RefusedRequest(f"{REFUSALS['content_filter']}: HTTP {status}: {error.message}")
+        raise RefusedRequest(f"HTTP {status}: {error.message}")
+
+
+def read_completion(completion) -> dict:
+    """Return what is kept of a completion; where the model refuses in the field made for it, finish_reason is "refusal"."""
+    if not getattr(completion, "choices", None):
+        raise ValueError("no choices")
+    choice, usage = completion.choices[0], completion.usage
+    counts = usage and {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cached_tokens": usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else None,
+    }
+    text, refusal = choice.message.content, choice.message.refusal
+    finish_reason = "refusal" if refusal and not text else choice.finish_reason
+    return {"text": text or refusal or "", "finish_reason": finish_reason, "usage": counts, "served_model": completion.model}
+
+
+def judge(call: Call, answer: dict) -> None:
+    """Raise RefusedRequest for an answer that is a refusal, ValueError(reason) for one that is unusable."""
+    if answer["finish_reason"] in REFUSALS:
+        raise RefusedRequest(REFUSALS[answer["finish_reason"]])
+    try:
+        call.check(answer["text"])
+    except ValueError as fault:
+        raise ValueError(f"cut off at max_tokens: {fault}" if answer["finish_reason"] == "length" else str(fault)) from None
+
+
+def characters(messages: list[dict]) -> int:
+    """Return the length of messages."""
+    return sum(len(message["content"]) for message in messages)
+
+
+def limiter(per_minute: int | None):
+    """Return a limiter that lets no more than a second's worth through at once, or None."""
+    from aiolimiter import AsyncLimiter
+
+    if per_minute is None:
+        return None
+    burst = max(1, per_minute / 60)
+    return AsyncLimiter(burst, 60 * burst / per_minute)
+
+
+async def acquire(limiter, amount: float) -> None:
+    """Wait for an amount; one that is more than a burst in pieces."""
+    while amount > 0:
+        piece = min(amount, limiter.max_rate)
+        await limiter.acquire(piece)
+        amount -= piece
+
+
+def pause(error: Exception, retry: int) -> float:
+    """Return the seconds to wait before a request is sent again: doubling, at least what Retry-After says, with jitter."""
+    growing = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**retry)
+    asked = retry_after(getattr(error, "response", None))
+    return growing * random.uniform(0.75, 1.0) if asked is None else asked + growing * random.uniform(0.0, 0.25)
+
+
+def retry_after(response) -> float | None:
+    """Return the seconds that a reply's Retry-After header asks for, given as a number or as a date; None without a readable one."""
+    value = response.headers.get("retry-after") if response is not None else None
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
