@@ -3,6 +3,7 @@
 #   make demo SPEECHES=counselling-bench    on questions with recorded answers of real 7B models
 #   make plan                               what `make demo` would run, why, and what it would cost; with SPEECHES, too
 #   make plan STUDY=config/config.yaml PROFILE=slurm   the same of the paper's run
+#   make pin                                resolve the names of the paper's run, once, where there is a network
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -13,7 +14,7 @@ STUDY = config/demo.yaml$(if $(filter-out demo,$(SPEECHES)), config/demo_$(subst
 PROFILE = profiles/local
 RUN = demo$(if $(filter-out demo,$(SPEECHES)),-$(SPEECHES))
 
-.PHONY: demo plan test test-fast lint format dry-run audit report lock clean-demo
+.PHONY: demo plan pin test test-fast lint format dry-run audit report lock clean-demo
 
 demo: .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --quiet reason host
@@ -21,6 +22,9 @@ demo: .venv/pipeline.ready
 
 plan: .venv/pipeline.ready
 	@python scripts/plan_run.py --profile $(PROFILE) --configfile $(STUDY)
+
+pin: .venv/pipeline.ready
+	@python scripts/pin_names.py
 
 test: .venv/dev.ready
 	pytest -q tests

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
-from psychocounsel.config import load_study
+from psychocounsel.config import about_unpinned, load_study
 from psychocounsel.errors import UserError
 from psychocounsel.presentation import Presentation
 from psychocounsel.slices import Slices
@@ -22,6 +22,11 @@ except UserError as error:
     raise WorkflowError(str(error)) from None
 slices = Slices(flow)
 pages = Presentation(flow)
+
+# Names that may stand for something else tomorrow. Whether this is a dry run is not known yet: site.smk refuses to start jobs.
+unpinned = flow.unpinned()
+if unpinned and workflow.is_main_process:
+    print(about_unpinned(unpinned, config), file=sys.stderr)
 
 
 wildcard_constraints:

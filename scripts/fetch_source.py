@@ -1,7 +1,8 @@
 """Put a raw file in place: from the source cache, from a path of the user's, or from its pinned address.
 
 The cache is a folder of raw files that you have: --cache, else the environment variable PSYCHOCOUNSEL_SOURCES. Wherever the
-file comes from, it is checked against its sha256 where sources.yaml names one. Example:
+file comes from, it is checked against its sha256 where sources.yaml or the lock file of `make pin` names one. A download that breaks
+off, or whose job is killed, goes on where it was from a hidden partial file beside --out. Example:
 
     python scripts/fetch_source.py --cache ~/sources --out results/demo/raw/counsel-chat \\
         --settings source=counsel-chat file=counsel-chat/20200325_counsel_chat.csv sha256=c36fbce1…
@@ -9,18 +10,14 @@ file comes from, it is checked against its sha256 where sources.yaml names one. 
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 from pydantic import Field
 
+from psychocounsel.downloads import download, hub_token
 from psychocounsel.errors import UserError
 from psychocounsel.records import file_sha256
 from psychocounsel.stage import Settings, command_line, log, stage
-
-BODY_ATTEMPTS = 5  # a body that breaks off is continued; each attempt has its own retries for connecting
-TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of the body
-PIECE = 1 << 16  # bytes; what is lost of a body that breaks off is less than one piece
 
 
 class FetchSettings(Settings):
@@ -31,7 +28,7 @@ class FetchSettings(Settings):
     path: str | None = Field(None, description="a file of this repository or of your disk, instead of cache and address")
     address: str | None = Field(None, description="pinned http(s) address")
     sha256: str | None = Field(None, description="what the file's SHA-256 must be; null: taken as it is", pattern="^[0-9a-f]{64}$")
-    gated: bool = Field(False, description="nobody can download it without an account")
+    gated: bool = Field(False, description="nobody has it without an account; a file of the Hub is downloaded with HF_TOKEN")
     access: str | None = Field(None, description="how to get access, shown where a file is missing")
 
 
@@ -53,13 +50,17 @@ def main() -> None:
                 raise UserError(f"source {settings.source}: {settings.path}: no such file; `path` is relative to the project's root")
             shutil.copyfile(run.uses(settings.path), out)
             run.note(origin="path")
-        elif settings.address and not settings.gated:
+        elif settings.address and (not settings.gated or hub_token(settings.address)):
             log.info("source %s: downloading %s", settings.source, settings.address)
-            download(settings.address, out, remedy(settings))
+            partial = run.args.out.with_name(f".{run.args.out.name}.partial")  # no output: it outlives a job that fails or is killed
+            download(settings.address, partial, settings.sha256, remedy(settings))
+            os.replace(partial, out)
             run.note(origin="address")
         else:
-            reason = "is gated: nobody can download it without an account" if settings.gated else "has no address to download it from"
+            reason = "is gated: nobody has it without an account" if settings.gated else "has no address to download it from"
             raise UserError(f"source {settings.source} {reason}, and the source cache does not have it. {remedy(settings)}")
+        if settings.sha256 is None:
+            run.note(unpinned=True)
         check_sha256(out, settings, str(cached or settings.path or settings.address))
         log.info("source %s: %d bytes from %s", settings.source, out.stat().st_size, run.facts["origin"])
 
@@ -94,46 +95,6 @@ def check_sha256(path: Path, settings: FetchSettings, origin: str) -> None:
             f"  its SHA-256 {found}\n  expected    {settings.sha256}\n"
             "Remove the file and fetch it again or, if you mean to use this one, put its sum into sources.yaml."
         )
-
-
-def download(address: str, path: Path, by_hand: str) -> None:
-    """Download a file; a body that breaks off is continued where it ended."""
-    import requests
-    from requests.adapters import HTTPAdapter
-    from urllib3.util import Retry
-
-    session = requests.Session()
-    retry = Retry(total=3, backoff_factor=0.5, status_forcelist=[429, 500, 502, 503, 504], respect_retry_after_header=True)
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry))
-    path.unlink(missing_ok=True)
-    for attempt in range(1, BODY_ATTEMPTS + 1):
-        try:
-            return download_rest(session, address, path)
-        except requests.HTTPError as error:
-            raise UserError(f"{address}: the server answers {error.response.status_code} {error.response.reason}. {by_hand}") from None
-        except (
-            requests.ConnectionError,
-            requests.Timeout,
-            requests.exceptions.ChunkedEncodingError,
-            requests.exceptions.RetryError,
-        ) as error:
-            log.warning("%s: attempt %d of %d broke off: %s", address, attempt, BODY_ATTEMPTS, type(error).__name__)
-            if attempt == BODY_ATTEMPTS:
-                raise UserError(f"{address}: no download ({error}). Is this machine offline? {by_hand}") from None
-            time.sleep(2 ** (attempt - 1))
-
-
-def download_rest(session, address: str, path: Path) -> None:
-    """Append to `path` what is missing of it, or write it anew where the server does not continue."""
-    have = path.stat().st_size if path.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with session.get(address, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:  # nothing after `have`: the body broke off at its very end
-            return
-        response.raise_for_status()
-        with open(path, "ab" if response.status_code == 206 else "wb") as file:
-            file.writelines(response.iter_content(PIECE))
 
 
 if __name__ == "__main__":

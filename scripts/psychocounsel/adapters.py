@@ -33,12 +33,25 @@ class Columns(BaseModel):
     key: str | None = None  # the source's own id of a row
 
 
+def label(cell: object) -> str | None:
+    """Return a topic or key as text; None where the cell is empty."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    return str(cell).strip() or None
+
+
+def first_label(cell: object) -> str | None:
+    """Return the first of several topics that are parted by commas."""
+    return label((label(cell) or "").split(",")[0])
+
+
 @dataclass(frozen=True)
 class Adapter:
     """How a source keeps its speeches; columns None where they have not been seen, or are the user's to name."""
 
     columns: Columns | None = None
     pick: Callable[[object], object] = lambda cell: cell  # from a cell to the text
+    topic: Callable[[object], str | None] = label  # from a cell to the topic
 
 
 def first_turn(turns: object) -> object:
@@ -54,6 +67,7 @@ def first_choice(choices: object) -> object:
 
 SPEECHES = {
     "counsel_chat": Adapter(Columns(text="questionText", topic="topic", key="questionID")),  # several answers, so rows, a question
+    "counselchat_data": Adapter(Columns(text="questionText", topic="topics", key="questionID"), topic=first_label),
     "mentalagora": Adapter(),
     "therapistqa": Adapter(Columns(text="Patient Question", key="Id_Number")),
     "psych8k": Adapter(Columns(text="input")),  # its `instruction` is the same request in every row
@@ -79,8 +93,8 @@ def read_speeches(path: Path, adapter: str, columns: Columns | None = None) -> I
     """Yield what a source's file holds in its columns of speeches, in the file's order."""
     if adapter not in SPEECHES:
         raise UserError(f"adapter: no adapter of speeches {adapter!r}.{nearest(adapter, list(SPEECHES))} Known: {', '.join(SPEECHES)}.")
-    rows = read_table(path)
-    columns = columns or SPEECHES[adapter].columns
+    read, rows = SPEECHES[adapter], read_table(path)
+    columns = columns or read.columns
     if columns is None:
         raise UserError(
             f"{path}: the adapter {adapter} needs the names of the columns: give `columns: {{text: …}}` of the source in sources.yaml"
@@ -90,7 +104,7 @@ def read_speeches(path: Path, adapter: str, columns: Columns | None = None) -> I
     require_columns(path, rows, [name for name in (*texts, columns.topic, columns.key) if name])
     for number, row in enumerate(rows, start=1):
         for text in texts:
-            yield Speech(number, label(row.get(columns.key)), label(row.get(columns.topic)), SPEECHES[adapter].pick(row.get(text)))
+            yield Speech(number, label(row.get(columns.key)), read.topic(row.get(columns.topic)), read.pick(row.get(text)))
 
 
 def answers_counselling_bench(path: Path, columns: Columns | None = None) -> dict[str, str]:
@@ -128,13 +142,6 @@ def text_fault(cell: object) -> tuple[str, str | None] | None:
     if any("\ud800" <= letter <= "\udfff" for letter in cell):
         return "not a text", "half of a surrogate pair"  # JSON can hold one, UTF-8 cannot
     return None
-
-
-def label(cell: object) -> str | None:
-    """Return a topic or key as text; None where the cell is empty."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return None
-    return str(cell).strip() or None
 
 
 def read_table(path: Path) -> list[dict]:

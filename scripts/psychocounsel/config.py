@@ -10,6 +10,7 @@ import orjson
 import yaml
 
 from psychocounsel.errors import UserError, nearest, nearest_or_all
+from psychocounsel.pins import is_unpinned_model, is_unpinned_source, pin_models, pin_sources
 from psychocounsel.records import SCHEMAS
 
 CODE_VERSION = 1  # no program's result depends on how the config is checked
@@ -36,15 +37,23 @@ def load_study(config: dict, files: list[Path]) -> "Study":
     for file in files:
         check_duplicate_keys(file)
     complain(list(schema_errors(config, "config", files)))
+    registries = load_registries(config)
+    pins = load_pins(Path(config["files"]["pins"]))
+    pin_models(registries["models"], pins["models"])
+    pin_sources(registries["sources"], pins["files"])
+    study = Study(config, files, **registries)
+    complain(list(reference_errors(study)))
+    return study
+
+
+def load_registries(config: dict) -> dict[str, dict | list]:
+    """Return the checked registries that a config names, as they stand in their files."""
     named = config["files"]
-    registries = {
+    return {
         "models": load_registry([Path(f) for f in named["models"]], "models"),
         "sources": load_registry([Path(f) for f in named["sources"]], "sources"),
         **{kind: load_registry([Path(named[kind])], kind) for kind in ("endpoints", "principles", "taxonomy", "paper")},
     }
-    study = Study(config, files, **registries)
-    complain(list(reference_errors(study)))
-    return study
 
 
 class Study:
@@ -69,6 +78,20 @@ class Study:
         """Return where a prompt template lies."""
         return Path(self.config["files"]["prompts"]) / f"{name}.jinja"
 
+    def unpinned(self, models: list[str], sources: list[str]) -> dict[str, str]:
+        """Return those of these models (by their id) and sources that nothing pins, each with place, key and what is not known."""
+        models_files, sources_files = ([Path(f) for f in self.config["files"][kind]] for kind in ("models", "sources"))
+        found: dict[str, str] = {}  # several entries may have one id
+        for name in models:
+            entry = self.models[name]
+            if is_unpinned_model(entry, self.endpoints):
+                place = locate((name, "revision"), models_files)
+                found.setdefault(entry["id"], f"{place}: models.{name}.revision: which commit of {entry['id']}?")
+        for name in sources:
+            if is_unpinned_source(self.sources[name]):
+                found[name] = f"{locate((name, 'sha256'), sources_files)}: sources.{name}.sha256: what is in its file?"
+        return found
+
     @staticmethod
     @cache
     def recipe(path: str) -> dict:
@@ -77,16 +100,29 @@ class Study:
 
 
 def load_registry(files: list[Path], kind: str) -> dict | list:
-    """Read one registry from its files (mappings are merged, the later wins) and check it against its schema."""
-    merged: dict | list = {}
+    """Read one registry from its files and check it against its schema.
+
+    The later file wins: an entry of models replaces one of the same name (it may extend another), one of sources adds or replaces
+    single keys, so that a study can name the columns of a file without repeating the rest.
+    """
+    found: dict | list = {}
     for file in files:
         value = read_yaml(file)
-        complain(list(schema_errors(value, kind, [file])))
-        merged = {**merged, **value} if isinstance(value, dict) else value
+        if kind == "sources":
+            found = merged(found, value) if isinstance(value, dict) else value
+            complain(list(schema_errors(found, kind, files)))
+        else:
+            complain(list(schema_errors(value, kind, [file])))
+            found = {**found, **value} if isinstance(value, dict) else value
     if kind == "models":
-        merged = resolve_extends(merged, files)
-        complain(list(schema_errors(merged, kind, files)))
-    return merged
+        found = resolve_extends(found, files)
+        complain(list(schema_errors(found, kind, files)))
+    return found
+
+
+def load_pins(file: Path) -> dict[str, dict]:
+    """Return the pins of a lock file; none where there is no such file yet."""
+    return load_registry([file], "pins") if file.exists() else {"models": {}, "files": {}}
 
 
 def read_yaml(file: Path) -> object:
@@ -279,6 +315,19 @@ def reference_errors(study: Study) -> Iterator[str]:
         for index, entry in enumerate(config[key]):
             if "recipe" in entry and not Path(entry["recipe"]).is_file():
                 yield f"{locate((key, index, 'recipe'), files)}: {key}[{index}].recipe: no file {entry['recipe']!r}."
+
+
+def about_unpinned(unpinned: dict[str, str], config: dict) -> str:
+    """Say which names of a run nothing pins, and what to do or what follows."""
+    if config["allow_unpinned"]:
+        heading = "note: what these names stand for may differ tomorrow; the run's records say so (allow_unpinned: true):"
+        return "\n  ".join([heading, *unpinned.values()])
+    heading = "not pinned, so that nobody could repeat this run; it can be planned, and will not start:"
+    remedy = (
+        f"`make pin`, once where there is a network, resolves such names and writes {config['files']['pins']};"
+        " `allow_unpinned: true` in the config takes what is there on the day."
+    )
+    return "\n  ".join([heading, *unpinned.values()]) + f"\n{remedy}"
 
 
 def complain(messages: list[str]) -> None:

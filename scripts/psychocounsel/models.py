@@ -32,6 +32,7 @@ class ModelSpec(Part):
     name: str
     id: str
     revision: str | None = None
+    unpinned: bool = False  # a name of the Hub without a commit: what it stood for is not known (config: allow_unpinned)
     kind: str = "chat"
     endpoint: str | None = None
     instruction: str | None = None

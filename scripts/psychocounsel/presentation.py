@@ -188,6 +188,8 @@ class Presentation:
             ("Judge of the answers", f"{self.judge_of_answers}, all seven principles in one call, both orders, no tie offered"),
             ("Seed", str(config["seed"])),
         ]  # fmt: skip
+        if unpinned := self.flow.unpinned():
+            summary.append(("Not pinned", f"{', '.join(unpinned)}: what these stood for on the day is not known"))
         case = policy and {
             "policy": self.title(policy),
             "opponent": self.opponent,

@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 
 from psychocounsel.models import ModelSpec
+from psychocounsel.pins import is_unpinned_model
 from psychocounsel.records import canonical_json, file_sha256
 from psychocounsel.workflow import Workflow
 
@@ -44,6 +45,8 @@ class Slices:
         facts = {key: value for key, value in entry.items() if key in ModelSpec.model_fields and key != "serve"}
         if entry.get("serve"):
             facts["serve"] = {k: v for k, v in entry["serve"].items() if k != "tensor_parallel"}
+        if is_unpinned_model(entry, self.study.endpoints):
+            facts["unpinned"] = True
         return {"name": model} | facts
 
     @property

@@ -261,8 +261,9 @@ class Stage:
     def _sources_of_answers(self) -> dict:
         """Return which models and prompts took part, for the records."""
         model = self.values.get("model")
+        open_name = {"unpinned": True} if model and model.get("unpinned") else {}
         return {
-            "model": {key: model.get(key) for key in ("name", "id", "revision")} if model else None,
+            "model": {key: model.get(key) for key in ("name", "id", "revision")} | open_name if model else None,
             "chat_templates": self.templates,
             "prompts": provenance.prompts(self.values),
         }

@@ -29,6 +29,14 @@ class Workflow:
         self.iterative_policies = [name for name, p in self.study.policies.items() if p["method"] == "dpo_iter"]
         self.policies = self.config["evaluation"]["policies"]
 
+    def unpinned(self) -> dict[str, str]:
+        """Return what this study leaves open (Study.unpinned) among the models that it runs or asks and the files that it reads."""
+        config = self.config
+        judges = [config["topics"]["judge"], config["ratings"]["judge"], config["evaluation"]["judge"], config["evaluation"]["opponent"]]
+        bases = [entry["base"] for entry in [*config["reward_models"], *config["policies"]]]
+        models = dict.fromkeys([*self.pool, *judges, *self.baselines, *self.rankers, *bases])
+        return self.study.unpinned(list(models), [*self.speech_sources, *self.answer_sources, *self.general_preferences])
+
     # Where files lie
 
     def results(self, path: str) -> str:
@@ -62,7 +70,7 @@ class Workflow:
         """Whether a source can be had; an optional one that cannot is left out, aloud. A required one fails when it is fetched."""
         entry = self.study.sources[source]
         there = any(p.is_file() for p in (Path(self.source_cache, entry.get("file") or ""), Path(entry.get("path") or "")))
-        if entry.get("optional") and not there and not entry.get("address"):
+        if entry.get("optional") and not there and (entry.get("gated") or not entry.get("address")):
             print(f"note: the optional source {source} is left out: {entry['file']} is not in the source cache", file=sys.stderr)
             return False
         return True

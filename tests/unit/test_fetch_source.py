@@ -2,38 +2,65 @@
 
 import hashlib
 import http.server
+import json
+import os
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
+from tests.fakes.hub import TOKEN, FakeHub, Repository
 
 from fetch_source import main
+from psychocounsel.provenance import read_record, record_path
 from psychocounsel.stage import log
 
 BODY = bytes(range(256)) * 4000  # about 1 MB
+NEWER = bytes(reversed(range(256))) * 4000
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
-    """Serves BODY, and misbehaves as the server's `plan` says: one entry a request, then as it should."""
+    """Serves the server's `body`, and misbehaves as its `plan` says: one entry a request, then as it should."""
 
     def do_GET(self):
         """Answer one request."""
-        act = self.server.plan.pop(0) if self.server.plan else "serve"
-        start = 0 if act == "ignore range" else int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        self.server.starts.append(start)
+        server = self.server
+        act = server.plan.pop(0) if server.plan else "serve"
+        etag = server.etag and f'"{hashlib.md5(server.body).hexdigest()}"'
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        other_version = self.headers.get("If-Range", etag) != etag and act != "ignore If-Range"
+        start = 0 if act == "ignore range" or other_version else start
+        server.starts.append(start)
         if isinstance(act, int) and act >= 400:
             self.send_response(act)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if start >= len(server.body):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.body)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(BODY) - start))
+        self.send_header("Content-Length", str(len(server.body) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
+        if etag:
+            self.send_header("ETag", etag)
         self.end_headers()
         if act == "cut":
-            self.wfile.write(BODY[start : start + 300_000])
+            self.wfile.write(server.body[start : start + 300_000])
             self.close_connection = True  # before all of the length that was announced
+        elif act == "trickle":
+            self.wfile.write(server.body[start : start + 500_000])
+            server.trickling.set()
+            server.released.wait(30)
         else:
-            self.wfile.write(BODY[start:])
+            self.wfile.write(server.body[start:])
 
     def log_message(self, *args):
         """Say nothing."""
@@ -42,10 +69,12 @@ class Flaky(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky) as server:
-        server.plan, server.starts = [], []
+        server.plan, server.starts, server.body, server.etag = [], [], BODY, True
+        server.trickling, server.released = threading.Event(), threading.Event()
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
+        server.released.set()
         server.shutdown()
         thread.join()
 
@@ -68,11 +97,15 @@ def fetch(tmp_path, monkeypatch, capsys):
             *(["--cache", str(cache)] if cache else []),
         ]
         monkeypatch.setattr("sys.argv", words)
+        for file in (out, record_path(out)):
+            file.unlink(missing_ok=True)
         try:
             main()
         except SystemExit:
-            assert list(out.parent.glob("*")) == [] if out.parent.exists() else True, "nothing may be left behind"
+            left = {file.name for file in out.parent.glob("*")} if out.parent.exists() else set()
+            assert left <= {".file.partial", ".file.partial.version"}, "nothing else may be left behind"
             return capsys.readouterr().err
+        assert {file.name for file in out.parent.glob("*")} == {"file", "file.prov.json"}
         return out.read_bytes()
 
     return run
@@ -110,6 +143,115 @@ def test_a_body_that_breaks_off_is_continued(fetch, server):
     server.plan = ["cut", "cut"]
     assert fetch(address(server), f"sha256={SHA256}") == BODY
     assert server.starts == [0, 4 << 16, 8 << 16]  # whole pieces of the 300,000 bytes that came each time
+
+
+def test_a_later_run_goes_on_where_a_failed_one_ended(fetch, server):
+    server.plan = ["cut", 404]
+    assert "404" in fetch(address(server))
+    server.starts.clear()
+    assert fetch(address(server)) == BODY
+    assert server.starts == [4 << 16]
+
+
+def test_a_download_that_broke_off_at_its_very_end_is_whole(fetch, server, tmp_path):
+    server.plan = ["cut", 404]
+    fetch(address(server))
+    (tmp_path / "raw" / ".file.partial").write_bytes(BODY)
+    assert fetch(address(server)) == BODY
+
+
+@pytest.mark.parametrize("sum_known", [True, False])
+def test_halves_of_two_versions_are_never_joined(fetch, server, sum_known):
+    server.plan = ["cut", 404]
+    fetch(address(server))
+    server.body = NEWER
+    words = [f"sha256={hashlib.sha256(NEWER).hexdigest()}"] if sum_known else []
+    assert fetch(address(server), *words) == NEWER
+    assert server.starts[-1] == 0
+
+
+def test_nor_where_the_server_names_no_version(fetch, server):
+    """Without a version a known sum alone allows to go on, and catches what does not fit; without either it starts anew."""
+    server.etag = False
+    for plan, words, starts in [
+        (["cut", 404], [f"sha256={SHA256}"], [0, 4 << 16, 4 << 16]),
+        (["cut", 404], [], [0, 0, 0]),
+    ]:
+        server.plan, server.body = list(plan), BODY
+        server.starts.clear()
+        fetch(address(server), *words)
+        assert fetch(address(server), *words) == BODY
+        assert server.starts == starts
+    server.plan = ["cut", 404]
+    fetch(address(server), f"sha256={SHA256}")
+    server.body = NEWER
+    server.starts.clear()
+    assert fetch(address(server), f"sha256={hashlib.sha256(NEWER).hexdigest()}") == NEWER
+    assert server.starts == [4 << 16, 0]
+
+
+def test_a_server_that_continues_another_version_is_not_believed(fetch, server):
+    server.plan = ["cut", 404]
+    fetch(address(server))
+    server.body, server.plan = NEWER, ["ignore If-Range"]
+    assert fetch(address(server)) == NEWER
+
+
+def test_a_partial_file_of_another_address_is_not_continued(fetch, server):
+    server.plan = ["cut", 404]
+    fetch(address(server))
+    server.starts.clear()
+    assert fetch(address(server).replace("file.csv", "other.csv"), f"sha256={SHA256}") == BODY
+    assert server.starts == [0]
+
+
+def test_after_a_kill_the_same_command_goes_on(server, tmp_path):
+    server.plan = ["trickle"]
+    out = tmp_path / "raw" / "file"
+    settings = json.dumps({"source": "mine", "address": address(server).removeprefix("address="), "sha256": SHA256})
+    command = [sys.executable, "scripts/fetch_source.py", "--out", str(out), "--settings", settings]
+    environment = {key: value for key, value in os.environ.items() if key != "PSYCHOCOUNSEL_SOURCES"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert server.trickling.wait(60)
+    partial = out.with_name(".file.partial")
+    deadline = time.monotonic() + 30
+    while partial.stat().st_size < 400_000 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "another process is downloading it" in second.stderr
+    process.kill()
+    process.wait()
+    have = partial.stat().st_size
+    assert 0 < have < len(BODY)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert out.read_bytes() == BODY
+    assert server.starts == [0, have]
+    assert sorted(Path(out.parent).glob(".*")) == []
+
+
+def test_a_file_of_the_hub_comes_from_its_mirror_with_the_token_of_the_environment(fetch, tmp_path, monkeypatch):
+    words = ("address=https://huggingface.co/datasets/org/set/resolve/" + "a" * 40 + "/f.csv", "gated=true", 'access="Ask for it."')
+    with FakeHub({"datasets/org/set": Repository("a" * 40, {"f.csv": BODY}, gated=True)}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        assert "is gated" in fetch(*words)
+        assert hub.requests == []
+        monkeypatch.setenv("HF_TOKEN", "hf_of_another_account")
+        message = fetch(*words)
+        assert "403" in message
+        assert "Ask for it." in message
+        assert "hf_of_another_account" not in message
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert fetch(*words) == BODY
+    assert TOKEN not in record_path(tmp_path / "raw" / "file").read_text()
+
+
+def test_a_record_says_where_no_sum_was_known(fetch, tmp_path, server):
+    record = record_path(tmp_path / "raw" / "file")
+    fetch(address(server))
+    assert read_record(record)["run"]["facts"] == {"origin": "address", "unpinned": True}
+    fetch(address(server), f"sha256={SHA256}")
+    assert read_record(record)["run"]["facts"] == {"origin": "address"}
 
 
 def test_a_server_without_ranges_starts_anew(fetch, server):
