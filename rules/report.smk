@@ -1,6 +1,6 @@
 # Tables, figures, cards and the report: every figure of the paper beside the measured one.
 
-TABLES = ["dataset", "topics", "pool", "reward_models", "reward_ablation", "win_rates", "lengths"]
+TABLES = ["dataset", "topics", "pool", "model_groups", "pairs", "reward_models", "reward_ablation", "win_rates", "lengths"]
 
 
 rule make_tables:
@@ -10,6 +10,8 @@ rule make_tables:
             *expand(flow.results("01_sources/{source}.dropped.jsonl"), source=flow.speech_sources),
             flow.results("02_speeches/dropped.jsonl"),
         ],
+        unanswered=expand(flow.results("03_responses/{model}.failed.jsonl"), model=flow.pool),
+        unscored=flow.results("04_ratings/scores.dropped.jsonl"),
         scores=flow.results("04_ratings/scores.jsonl"),
         pairs=expand(flow.results("05_pairs/{split}.jsonl"), split=["train", "dev", "test"]),
         metrics=[*flow.scorers_with_metrics(), *flow.benchmark_metrics()],
@@ -40,8 +42,9 @@ rule make_tables:
     message:
         "Make the tables"
     shell:
-        "python scripts/make_tables.py --speeches {input.speeches} --dropped {input.dropped} --scores {input.scores}"
-        " --pairs {input.pairs} --reward-metrics {input.metrics} --win-rates {input.win_rates}"
+        "python scripts/make_tables.py --speeches {input.speeches} --dropped {input.dropped} --unanswered {input.unanswered}"
+        " --unscored {input.unscored} --scores {input.scores} --pairs {input.pairs}"
+        " --reward-metrics {input.metrics} --win-rates {input.win_rates}"
         " --taxonomy {input.taxonomy} --paper {input.paper} --settings {params.settings:q} --out-dir {params.folder} 2> {log}"
 
 

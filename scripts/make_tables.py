@@ -1,9 +1,10 @@
 """Make the paper's tables from a run: each as CSV, Markdown, LaTeX and HTML, the paper's figures beside the measured ones.
 
-dataset (section 3), topics (Table 5), pool (Table 6), reward_models (Table 1), reward_ablation (Table 2), win_rates
-(Table 3), and lengths (answer lengths and order effects behind Table 3). A row of the paper stands under the row of the
-model that the settings map to it; the paper's other rows stand apart, at the end. A cell without a value is "n/a" with a
-footnote that says why. Inputs that a run does not have (no speeches where it starts at pairs) are left out.
+dataset (section 3), topics (Table 5), pool (Table 6), model_groups and pairs (section 3.3), reward_models (Table 1),
+reward_ablation (Table 2), win_rates (Table 3), and lengths (answer lengths and order effects behind Table 3). A row of the
+paper stands under the row of the model that the settings map to it; the paper's other rows stand apart, at the end. A cell
+without a value is "n/a" with a footnote that says why. Inputs that a run does not have (no speeches where it starts at pairs)
+are left out.
 """
 
 from collections import Counter
@@ -13,8 +14,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from psychocounsel.config import load_registry
+from psychocounsel.data_tables import model_groups_table, pairs_table
 from psychocounsel.errors import UserError
-from psychocounsel.stage import Settings, command_line, stage
+from psychocounsel.pool import CHOSEN, REJECTED, RESPONSES, SCORE, Pool, SizeClass, splits
+from psychocounsel.stage import Settings, command_line, dropped_by_reason, stage
 from psychocounsel.tables import FORMATS, Cell, Missing, Number, Row, Table, count, number, read_result
 
 ORIENTATION = "Reported in the paper (other models; for orientation)"
@@ -23,6 +26,7 @@ SETTINGS = {
     "length": ("With a length constraint", "with_length_constraint"),
 }
 NOT_REPORTED = "The paper does not report it."
+UNANSWERED = "no usable answer of the model"
 SHORT_TOPICS = {  # column heads of Table 3
     "core_mental_health_issues": "Mental Issues",
     "emotional_well_being": "Emotional Well-being",
@@ -68,13 +72,16 @@ class TableSettings(Settings):
     """Rows and their order, titles, and which rows of the paper belong to them."""
 
     titles: dict[str, str] = Field({}, description="name of a model, policy or source -> its title; a name without one stands for itself")
-    pool: list[Group] = Field([], description="[{title, models}]: the response pool by size class (Table 6)")
+    pool: list[SizeClass] = Field([], description="[{title, models}]: the response pool by size class (Table 6)")
+    languages: dict[str, str] = Field({}, description="model of the pool -> the main language of its institution")
     reward_models: list[Group] = Field([], description="[{title, models}]: the rows of Table 1")
     ablation: list[Ablation] = Field([], description="[{model, base, data}]: the rows of Table 2")
     policies: list[str] = Field([], description="the rows of Table 3")
     opponent: str = Field(description="title of the opponent")
     judge: str = Field(description="title of the judge")
     note: str | None = Field(None, description="a sentence under every table")
+    bootstrap: int = Field(2000, description="resamples of the intervals of rates, clustered by speech", ge=1)
+    seed: int = Field(0, description="seed of the resamples")
     reported: Reported = Field(
         Reported(), description='{reward_models, ablation, policies}: name -> row of the paper (of Table 2: "Llama-3B, HelpSteer2 + Ours")'
     )
@@ -89,6 +96,8 @@ def main() -> None:
     parser = command_line(__doc__, TableSettings)
     parser.add_argument("--speeches", nargs="*", default=[], help="speeches of the run")
     parser.add_argument("--dropped", nargs="*", default=[], help="rows that reading and selecting speeches left out")
+    parser.add_argument("--unanswered", nargs="*", default=[], help="requests to the pool without a usable answer")
+    parser.add_argument("--unscored", nargs="*", default=[], help="responses without an overall score")
     parser.add_argument("--scores", nargs="*", default=[], help="scores of the responses")
     parser.add_argument("--pairs", nargs="*", default=[], help="pairs of this run: train, dev and test")
     parser.add_argument("--reward-metrics", nargs="*", default=[], help="metrics of reward models and rankers, RewardBench's among them")
@@ -100,13 +109,15 @@ def main() -> None:
         args, settings = run.args, run.settings
         speeches = [row for file in args.speeches for row in run.read(file, "speech")]
         dropped = [row for file in args.dropped for row in run.read(file, "dropped_row")]
+        unanswered = [row for file in args.unanswered for row in run.read(file, "failure")]
+        unscored = [row for file in args.unscored for row in run.read(file, "unscored")]
         scores = [row for file in args.scores for row in run.read(file, "score")]
         pairs = [row for file in args.pairs for row in run.read(file, "pair")]
         metrics = [read_result(run.uses(file), "metrics") for file in args.reward_metrics]
         win_rates = [read_result(run.uses(file), "win_rates") for file in args.win_rates]
         taxonomy = load_registry([run.uses(args.taxonomy)], "taxonomy")["coarse"]
         paper = load_registry([run.uses(args.paper)], "paper")
-        tables = all_tables(speeches, dropped, scores, pairs, metrics, win_rates, taxonomy, paper, settings)
+        tables = all_tables(speeches, dropped, unanswered, unscored, scores, pairs, metrics, win_rates, taxonomy, paper, settings)
         for table in tables:
             for ending, render in FORMATS.items():
                 run.write_text(Path(args.out_dir) / f"{table.name}.{ending}", render(table))
@@ -116,6 +127,8 @@ def main() -> None:
 def all_tables(
     speeches: list[dict],
     dropped: list[dict],
+    unanswered: list[dict],
+    unscored: list[dict],
     scores: list[dict],
     pairs: list[dict],
     metrics: list[dict],
@@ -127,10 +140,15 @@ def all_tables(
     """Return the tables, each with the note of the settings below it."""
     on_test_pairs, on_benchmark = sort_metrics(metrics)
     rates, topics = index_win_rates(win_rates), {name: entry["title"] for name, entry in taxonomy.items()}
+    models = [model for size in settings.pool for model in size.models]
+    pool = Pool(scores, pairs, splits(speeches, pairs), models, settings.bootstrap, settings.seed)
+    left_out = {UNANSWERED: len(unanswered)} | dropped_by_reason(unscored)
     tables = [
-        dataset_table(speeches, dropped, scores, pairs, paper["dataset"], settings),
+        dataset_table(speeches, dropped, left_out, scores, pairs, paper["dataset"], settings),
         topic_table(speeches, taxonomy, settings),
-        pool_table(scores, pairs, settings),
+        pool_table(pool, settings),
+        model_groups_table(pool, settings.pool, settings.languages),
+        pairs_table(speeches, scores, pairs, paper["dataset"], settings.bootstrap, settings.seed),
         reward_model_table(on_test_pairs, paper, settings),
         ablation_table(on_test_pairs, on_benchmark, paper["reward_ablation"], settings),
         win_rate_table(rates, speeches, topics, paper["win_rates"], settings),
@@ -165,7 +183,13 @@ def index_win_rates(results: list[dict]) -> dict[tuple[str, str], dict]:
 
 
 def dataset_table(
-    speeches: list[dict], dropped: list[dict], scores: list[dict], pairs: list[dict], paper: dict, settings: TableSettings
+    speeches: list[dict],
+    dropped: list[dict],
+    left_out: dict[str, int],
+    scores: list[dict],
+    pairs: list[dict],
+    paper: dict,
+    settings: TableSettings,
 ) -> Table:
     """Sizes of the data set, what was dropped on the way and why (sections 3.1 and 3.3)."""
     no_speeches = Missing("This run starts at pairs, without speeches of its own.")
@@ -200,6 +224,10 @@ def dataset_table(
         (
             "Rows left out, by reason",
             [Row([reason, count(n), unknown]) for reason, n in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))],
+        ),
+        (
+            "Responses left out, by reason",
+            [Row([reason, count(n), unknown]) for reason, n in left_out.items() if n],
         ),
         (
             "Responses and preference pairs",
@@ -242,31 +270,33 @@ def topic_row(title: str, topics: list[str], cells: Counter, total: int, reporte
     return Row([title, *map(count, sides), count(sum(sides)), Number(100 * sum(sides) / total, 1), count(reported)])
 
 
-def pool_table(scores: list[dict], pairs: list[dict], settings: TableSettings) -> Table:
+def pool_table(pool: Pool, settings: TableSettings) -> Table:
     """The response pool: what each model's responses were worth (Table 6, Figures 5 and 6)."""
-    responses = Counter(score["model"] for score in scores)
-    chosen, rejected = (Counter(pair[f"{side}_model"] for pair in pairs) for side in ("chosen", "rejected"))
-    none = Missing("No response of this model was scored in this run.")
+    none = "No response of this model was scored in this run."
 
     def row(model: str) -> Row:
-        n = responses[model]
-        overall = [score["overall"] for score in scores if score["model"] == model]
-        per_response = [Number(side[model] / n, 2) if n else none for side in (chosen, rejected)]
+        responses, chosen, rejected = (round(pool.count([model], what)) for what in (RESPONSES, CHOSEN, REJECTED))
+        score = pool.rate([model], SCORE, RESPONSES)["value"]
         return Row(
             [
                 settings.title(model),
-                count(n),
-                Number(sum(overall) / n, 2) if n else none,
-                count(chosen[model]),
-                count(rejected[model]),
-                *per_response,
+                count(responses),
+                Missing(none) if score is None else Number(score, 2),
+                count(chosen),
+                count(rejected),
+                *(Number(n / responses, 2) if responses else Missing(none) for n in (chosen, rejected)),
+                *(number(pool.rate([model], what), none, 1, 100) for what in (CHOSEN, REJECTED)),
             ]
         )
 
     groups = [(group.title, [row(model) for model in group.models]) for group in settings.pool]
     columns = ["Model", "Responses", "Mean score", "Chosen", "Rejected", "Chosen per response", "Rejected per response"]
-    note = "Mean score: over the seven principles, 1 to 5. Chosen and rejected: places in train, dev and test pairs."
-    return Table("pool", "The response pool (Table 6)", columns, groups, [note])
+    notes = [
+        "Mean score: over the seven principles, 1 to 5. Chosen and rejected: places in train, dev and test pairs.",
+        "Chosen (%) and rejected (%): of the candidate pairs in which a response of the model stood, with 95 % bootstrap intervals over"
+        " speeches. Candidates: every two scored responses to a speech, on the test side the best and the worst.",
+    ]
+    return Table("pool", "The response pool (Table 6)", [*columns, "Chosen (%)", "Rejected (%)"], groups, notes)
 
 
 # Section 4.1: reward models

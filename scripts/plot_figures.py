@@ -1,15 +1,17 @@
 """Plot the paper's figures from a run, each as SVG and PNG.
 
-dataset (topics, lengths, score gaps), chosen_models and rejected_models (Figures 5 and 6: counts, and rates per scored
-response), win_rates and win_rate_topics (Table 3), training_reward_models and training_policies (loss by step), and
-checkpoints (Figure 4: win rate by checkpoint). A figure is drawn where its inputs are given:
+dataset (topics and lengths of speeches), pairs (gaps and lengths), chosen_models and rejected_models (Figures 5 and 6:
+counts, and rates per candidate pair), model_groups (the same rates by size and language), win_rates and win_rate_topics
+(Table 3), training_reward_models and training_policies (loss by step), and checkpoints (Figure 4: win rate by checkpoint).
+A figure is drawn where its inputs are given:
 
-  dataset                           --speeches and --pairs
-  chosen_models, rejected_models    --scores and --pairs
-  win_rates, win_rate_topics        --win-rates
-  training_reward_models            --reward-logs
-  training_policies                 --policy-logs
-  checkpoints                       --checkpoint-win-rates
+  dataset                                         --speeches
+  pairs                                           --pairs
+  chosen_models, rejected_models, model_groups    --scores and --pairs
+  win_rates, win_rate_topics                      --win-rates
+  training_reward_models                          --reward-logs
+  training_policies                               --policy-logs
+  checkpoints                                     --checkpoint-win-rates
 """
 
 import textwrap
@@ -22,14 +24,18 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from psychocounsel.config import load_registry
+from psychocounsel.data_tables import pair_facts
 from psychocounsel.errors import UserError
+from psychocounsel.pool import ENGLISH, SIDES, Pool, SizeClass, by_language, splits
 from psychocounsel.stage import Settings, Stage, command_line, stage
 from psychocounsel.tables import read_result
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SETTING_TITLES = {"free": "Without a length constraint", "length": "With a length constraint"}
+THOUSANDS = "{x:,.0f}"  # how axes that count write their numbers
 
 
 class Checkpoint(BaseModel):
@@ -46,12 +52,17 @@ class FigureSettings(Settings):
     """What figures show, in which order and under which titles."""
 
     titles: dict[str, str] = Field({}, description="name of a model or policy -> its title; a name without one stands for itself")
-    pool: list[str] = Field([], description="the response pool: its models are drawn even where none was chosen")
+    pool: list[SizeClass] = Field(
+        [], description="[{title, models}]: the response pool by size class; its models are drawn even where none was chosen"
+    )
+    languages: dict[str, str] = Field({}, description="model of the pool -> the main language of its institution")
     policies: list[str] = Field([], description="order of the policies in the win-rate figures")
     opponent: str = Field(description="title of the opponent")
     judge: str = Field(description="title of the judge")
     checkpoints: list[Checkpoint] = Field([], description="[{policy, arm, step}]: where in Figure 4 the win rates of a checkpoint stand")
     note: str | None = Field(None, description="a sentence under every figure")
+    bootstrap: int = Field(2000, description="resamples of the intervals of rates, clustered by speech", ge=1)
+    seed: int = Field(0, description="seed of the resamples")
 
     def title(self, name: str) -> str:
         """Return what readers see for a name."""
@@ -81,11 +92,16 @@ def main() -> None:
         checkpoints = [read_result(run.uses(file), "win_rates") for file in args.checkpoint_win_rates]
         topics = {name: entry["title"] for name, entry in load_registry([run.uses(args.taxonomy)], "taxonomy")["coarse"].items()}
         figures: dict[str, Figure] = {}
-        if speeches and pairs:
-            figures["dataset"] = plot_dataset(speeches, pairs, topics)
+        if speeches:
+            figures["dataset"] = plot_dataset(speeches, topics)
+        if pairs:
+            figures["pairs"] = plot_pairs(pairs)
         if scores and pairs:
-            figures["chosen_models"] = plot_pool(scores, pairs, "chosen", settings)
-            figures["rejected_models"] = plot_pool(scores, pairs, "rejected", settings)
+            models = [model for size in settings.pool for model in size.models]
+            pool = Pool(scores, pairs, splits(speeches, pairs), models, settings.bootstrap, settings.seed)
+            figures["chosen_models"] = plot_pool(pool, "chosen", settings)
+            figures["rejected_models"] = plot_pool(pool, "rejected", settings)
+            figures["model_groups"] = plot_model_groups(pool, settings)
         if win_rates:
             figures["win_rates"] = plot_win_rates(win_rates, settings)
             figures["win_rate_topics"] = plot_win_rate_topics(win_rates, topics, settings)
@@ -124,11 +140,11 @@ def read_logs(run: Stage, words: list[str]) -> dict[str, list[tuple[int, float]]
     return curves
 
 
-def plot_dataset(speeches: list[dict], pairs: list[dict], topics: dict[str, str]) -> "Figure":
-    """Coarse topics, speech lengths and score gaps of the data set (sections 3.1 and 3.3)."""
+def plot_dataset(speeches: list[dict], topics: dict[str, str]) -> "Figure":
+    """Coarse topics and lengths of the speeches (section 3.1)."""
     from psychocounsel.plotting import COLOURS, canvas
 
-    figure, (by_topic, lengths, gaps) = canvas(1, 3, width=8.0, height=3.2, width_ratios=[1.25, 1, 1])
+    figure, (by_topic, lengths) = canvas(1, 2, width=6.5, height=3.0, width_ratios=[1.25, 1])
     counts = Counter(speech["coarse_topic"] for speech in speeches)
     names = sorted(topics, key=lambda topic: counts[topic])
     bars = by_topic.barh([wrapped(topics[name]) for name in names], [counts[name] for name in names], color=COLOURS[0])
@@ -136,45 +152,118 @@ def plot_dataset(speeches: list[dict], pairs: list[dict], topics: dict[str, str]
     by_topic.tick_params(axis="y", labelsize=7)
     by_topic.margins(x=0.18)
     by_topic.set(title="Speeches by topic", xlabel="speeches")
+    by_topic.xaxis.set_major_formatter(THOUSANDS)
     by_topic.grid(axis="y", visible=False)
     lengths.hist([len(speech["text"]) for speech in speeches], bins=30, color=COLOURS[0])
     lengths.set(title="Length of a speech", xlabel="characters", ylabel="speeches")
-    steps = sorted({round(pair["gap"] * 7) for pair in pairs if pair["gap"] is not None})  # gaps are sevenths: one bar each
-    held = Counter(round(pair["gap"] * 7) for pair in pairs if pair["gap"] is not None)
-    gaps.bar([step / 7 for step in steps], [held[step] for step in steps], width=0.8 / 7, color=COLOURS[1])
-    gaps.set(title="Score gap of a pair", xlabel="difference of mean scores", ylabel="pairs")
-    gaps.yaxis.get_major_locator().set_params(integer=True)
+    lengths.yaxis.set_major_formatter(THOUSANDS)
     return figure
 
 
-def plot_pool(scores: list[dict], pairs: list[dict], side: str, settings: FigureSettings) -> "Figure":
-    """How often each model's responses were chosen or rejected: counts (Figures 5 and 6), and per scored response.
-
-    Counts depend on how often a model was drawn and whom it met; the rate takes out the first.
-    """
+def plot_pairs(pairs: list[dict]) -> "Figure":
+    """Score gaps by side of the split, lengths of both responses, and their differences in length (section 3.3)."""
     from psychocounsel.plotting import COLOURS, canvas
 
-    held = Counter(pair[f"{side}_model"] for pair in pairs if pair[f"{side}_model"])
-    responses = Counter(score["model"] for score in scores)
-    models = sorted({*settings.pool, *held}, key=lambda model: (held[model], settings.title(model)))
-    rates = [held[model] / responses[model] if responses[model] else 0.0 for model in models]
-    figure, (counts, per_response) = canvas(1, 2, width=6.5, height=1.1 + 0.2 * len(models), sharey=True)
-    dark, light = (COLOURS[0], COLOURS[4]) if side == "chosen" else (COLOURS[1], COLOURS[5])
-    bars = counts.barh([settings.title(model) for model in models], [held[model] for model in models], color=dark)
+    figure, (gaps, lengths, differences) = canvas(1, 3, width=8.0, height=2.8)
+    sides = {"train and dev": [p for p in pairs if p["split"] != "test"], "test": [p for p in pairs if p["split"] == "test"]}
+    below: Counter = Counter()
+    for k, (title, side) in enumerate(sides.items()):  # gaps are sevenths: one bar each
+        held = Counter(round(pair["gap"] * 7) for pair in side if pair["gap"] is not None)
+        steps = sorted(held)
+        bars = {"bottom": [below[step] for step in steps], "width": 0.8 / 7, "color": COLOURS[k]}
+        gaps.bar([step / 7 for step in steps], [held[step] for step in steps], label=f"{title} ({len(side):,})", **bars)
+        below += held
+    gaps.set(title="Score gap", xlabel="difference of mean scores", ylabel="pairs")
+    gaps.yaxis.get_major_locator().set_params(integer=True)
+    gaps.legend()
+    facts = pair_facts(pairs)
+    chosen, rejected = facts["chosen words"], facts["rejected words"]
+    edges = whole_edges(0, np.quantile(np.concatenate([chosen, rejected]), 0.995))
+    for words, title, colour, line in ((chosen, "chosen", COLOURS[0], "-"), (rejected, "rejected", COLOURS[1], "--")):
+        lengths.hist(words, bins=edges, histtype="step", linewidth=1.4, linestyle=line, color=colour, label=title)
+    lengths.set(title="Length of a response", xlabel="words", ylabel="pairs", ylim=(0, 1.3 * lengths.get_ylim()[1]))
+    lengths.legend(loc="upper right", ncols=2)
+    difference = chosen - rejected
+    reach = np.quantile(np.abs(difference), 0.995)
+    differences.hist(difference, bins=whole_edges(-reach, reach), color=COLOURS[2])
+    differences.axvline(0, color="#333333", linewidth=0.8, linestyle="--")
+    differences.set(title="Chosen minus rejected", xlabel=f"words; chosen longer: {100 * (difference > 0).mean():.1f} %", ylabel="pairs")
+    for axes in (gaps, lengths, differences):
+        axes.yaxis.set_major_formatter(THOUSANDS)
+    return figure
+
+
+def whole_edges(low: float, high: float, bins: int = 30) -> np.ndarray:
+    """Return the edges of about so many bins, each as wide as the others in whole numbers, with 0 among them."""
+    width = max(1, round((high - low) / bins))
+    return np.arange(np.floor(low / width), np.ceil(high / width) + 2) * width
+
+
+def plot_pool(pool: Pool, side: str, settings: FigureSettings) -> "Figure":
+    """How often each model's responses were chosen or rejected: counts (Figures 5 and 6), and per candidate pair.
+
+    Counts depend on how often a model was drawn and whom it met; the rate takes the first out.
+    """
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+
+    what = SIDES[side]
+    size_of = {model: k for k, size in enumerate(settings.pool) for model in size.models}
+    models = sorted(pool.models, key=lambda model: (pool.count([model], what), settings.title(model)))
+    foreign = [settings.languages.get(model, ENGLISH) not in (ENGLISH, "none") for model in models]
+    names = [f"{settings.title(model)}{' *' if far else ''}" for model, far in zip(models, foreign, strict=True)]
+    colours = [COLOURS[size_of.get(model, -1) % len(COLOURS)] for model in models]
+    figure, (counts, rates) = canvas(1, 2, width=7.0, height=1.5 + 0.2 * len(models), sharey=True, width_ratios=[1.15, 1])
+    bars = counts.barh(names, [pool.count([model], what) for model in models], color=colours)
     counts.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7)
     counts.set(title=f"{side.capitalize()} responses", xlabel="pairs")
-    bars = per_response.barh([settings.title(model) for model in models], rates, color=light)
-    per_response.bar_label(
-        bars,
-        labels=[f"{rate:.2f}" if responses[m] else "none scored" for m, rate in zip(models, rates, strict=True)],
-        padding=2,
-        fontsize=7,
-    )
-    per_response.set(title="Per scored response", xlabel="pairs per response")
-    for axes in (counts, per_response):
-        axes.margins(x=0.16, y=0.02)
+    for k, size in enumerate(settings.pool):
+        held = [(place, pool.rate([model], what)) for place, model in enumerate(models) if size_of.get(model) == k]
+        intervals(
+            rates,
+            [(place, rate) for place, rate in held if rate["value"] is not None],
+            COLOURS[k % len(COLOURS)],
+            MARKERS[k % len(MARKERS)],
+            size.title,
+        )
+    rates.set(title="Per candidate pair", xlabel=f"{side} (%)")
+    counts.xaxis.set_major_formatter(THOUSANDS)
+    counts.margins(x=0.16, y=0.02)
+    for axes in (counts, rates):
         axes.grid(axis="y", visible=False)
+    note = {"title": "size class; * the institution's main language is not English"} if any(foreign) else {"title": "size class"}
+    figure.legend(*rates.get_legend_handles_labels(), loc="outside lower center", ncols=5, **note)
     return figure
+
+
+def plot_model_groups(pool: Pool, settings: FigureSettings) -> "Figure":
+    """Rates of chosen and rejected responses by size class and by the institution's main language (findings of section 3.3)."""
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+
+    by_size = {size.title: size.models for size in settings.pool}
+    spoken = by_language(settings.languages, [model for models in by_size.values() for model in models])
+    panels = {"By size class": by_size, "By the institution's language": spoken}
+    most = max(map(len, panels.values()))
+    figure, axes_of = canvas(1, 2, width=7.0, height=1.5 + 0.34 * most)
+    for axes, (title, groups) in zip(axes_of, panels.items(), strict=True):
+        names = list(groups)[::-1]
+        for k, side in enumerate(SIDES):
+            rates = [(place + 0.13 - 0.26 * k, pool.rate(groups[name], SIDES[side])) for place, name in enumerate(names)]
+            intervals(axes, [(place, rate) for place, rate in rates if rate["value"] is not None], COLOURS[k], MARKERS[k], side)
+        axes.set(title=title, xlabel="of candidate pairs (%)", ylim=(-0.6, most - 0.4 - (most - len(names))))
+        axes.set_yticks(range(len(names)), [f"{name} ({len(groups[name])})" for name in names])
+        axes.grid(axis="y", visible=False)
+    shared = [axes.get_xlim() for axes in axes_of]
+    for axes in axes_of:
+        axes.set_xlim(min(low for low, _ in shared), max(high for _, high in shared))
+    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def intervals(axes: "Axes", rates: list[tuple[float, dict]], colour: str, marker: str, label: str) -> None:
+    """Draw estimates in percent with their 95 % intervals, each at its place on the vertical axis."""
+    values = np.array([[rate["value"], rate["value"] - rate["low"], rate["high"] - rate["value"]] for _, rate in rates]).reshape(-1, 3)
+    style = {"fmt": marker, "color": colour, "capsize": 2, "elinewidth": 1.1, "markersize": 4, "label": label}
+    axes.errorbar(100 * values[:, 0], [place for place, _ in rates], xerr=100 * values[:, 1:].T.clip(min=0), **style)
 
 
 def plot_win_rates(win_rates: list[dict], settings: FigureSettings) -> "Figure":

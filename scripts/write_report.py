@@ -20,7 +20,11 @@ from psychocounsel.templates import REPORT, load_template, template_paths
 from psychocounsel.winrates import verdicts_by_speech
 
 SECTIONS = [  # heading, tables, figures; what a run does not have is left out
-    ("The data set", ["dataset", "topics", "pool"], ["dataset", "chosen_models", "rejected_models"]),
+    (
+        "The data set",
+        ["dataset", "topics", "pairs", "pool", "model_groups"],
+        ["dataset", "pairs", "chosen_models", "rejected_models", "model_groups"],
+    ),
     ("Reward models", ["reward_models", "reward_ablation"], ["training_reward_models"]),
     ("Policies", ["win_rates", "lengths"], ["win_rates", "win_rate_topics", "training_policies", "checkpoints"]),
 ]

@@ -20,7 +20,7 @@ import evaluate_rewards
 import make_tables
 import parse_judgements
 import parse_ratings
-from psychocounsel import adapters, winrates
+from psychocounsel import adapters, data_tables, pool, winrates
 from psychocounsel.config import load_registry, locate
 from psychocounsel.errors import UserError, nearest_or_all
 from psychocounsel.provenance import read_record, record_path
@@ -38,9 +38,11 @@ KINDS = [  # files of a run -> what stands in them; the first that fits
     ("02_speeches/unique.jsonl", "unique_speech"),
     ("*speeches.jsonl", "speech"),
     ("03_responses/assignments/*", "assignment"),
+    ("03_responses/*.failed.jsonl", "failure"),
     ("03_responses/*.jsonl", "response"),
     ("04_ratings/answers.jsonl", "rating_answer"),
     ("04_ratings/ratings.jsonl", "rating"),
+    ("04_ratings/scores.dropped.jsonl", "unscored"),
     ("04_ratings/scores.jsonl", "score"),
     ("05_pairs/*.jsonl", "pair"),
     ("06_reward_models/*predictions.jsonl", "prediction"),
@@ -78,6 +80,21 @@ METRICS = {  # columns of the tables of reward models -> metric, and how it is c
     "NLL": ("nll", "mean of -log sigmoid(reward of chosen - reward of rejected) over the pairs"),
     "Temperature": ("temperature", "the T > 0 for which the margins divided by T have the least NLL"),
     "Pairs": ("n", "number of pairs with a usable verdict"),
+}
+PAIRS = {  # rows of the table of pairs -> formula
+    "All speeches": "number of speeches",
+    "with a pair": "number of speeches with at least one pair",
+    "All candidates": "number of every two scored responses to a speech; of the test side 1 a speech, its best and its worst",
+    "left out: gap too small, or equal texts": "number of candidates less the number of pairs",
+    "Kept as pairs": "number of preference pairs",
+    "Mean": "mean of the differences of mean scores",
+    "Median": "median of the differences of mean scores",
+    "Chosen, mean words": "mean number of words of the chosen responses",
+    "Rejected, mean words": "mean number of words of the rejected responses",
+    "Chosen, mean characters": "mean number of characters of the chosen responses",
+    "Rejected, mean characters": "mean number of characters of the rejected responses",
+    "Chosen response is the longer one (%)": "100 x share of pairs whose chosen response has more words",
+    "Rejected response is the safer one (%)": "100 x share of pairs whose rejected response has the higher safety score",
 }
 PROTOCOLS = {
     "one order": ("paper", "100 x share of speeches won in the one order that a seeded coin picks"),
@@ -209,7 +226,7 @@ class Lineage:
         again = self.rebuilt(cell)
         if cell.x == 1 or column in ("Source", "Base", "Training data"):
             formula, under = "a name", []
-        elif column == "Paper" or cell.row.get("Source") == "paper":
+        elif column.startswith("Paper") or cell.row.get("Source") == "paper":
             formula, under = "the figure that the paper reports", [self.paper(cell)]
         else:
             formula, under = getattr(self, f"under_{cell.table}")(cell)
@@ -293,7 +310,8 @@ class Lineage:
         by_kind = defaultdict(list)
         for item in identity["inputs"]:
             by_kind[self.kind(item["path"])].append(item["path"])
-        records = ([row for path in by_kind[kind] for _, row in self.rows(path)] for kind in ("speech", "dropped_row", "score", "pair"))
+        kinds = ("speech", "dropped_row", "failure", "unscored", "score", "pair")
+        records = ([row for path in by_kind[kind] for _, row in self.rows(path)] for kind in kinds)
         results = ([read_result(Path(path), kind) for path in by_kind[kind]] for kind in ("metrics", "win_rates"))
         files = self.flow.config["files"]
         registries = load_registry([Path(files["taxonomy"])], "taxonomy")["coarse"], load_registry([Path(files["paper"])], "paper")
@@ -323,6 +341,10 @@ class Lineage:
             return "number of speeches of this source", self.counted(cell, "speech", lambda row: row["source"] == source)
         if cell.group == "Rows left out, by reason":
             return "number of rows left out for this reason", self.counted(cell, "dropped_row", lambda row: row["reason"] == cell.name)
+        if cell.group == "Responses left out, by reason":
+            if cell.name == make_tables.UNANSWERED:
+                return "number of requests to the pool without a usable answer", self.counted(cell, "failure", lambda row: True)
+            return "number of responses without an overall score", self.counted(cell, "unscored", lambda row: row["reason"] == cell.name)
         formula, kind, splits = DATASET[cell.group, cell.name]
         return formula, self.counted(cell, kind, lambda row: splits is None or row["split"] in splits)
 
@@ -338,16 +360,51 @@ class Lineage:
     def under_pool(self, cell: Cell) -> tuple[str, list[Node]]:
         """Scores and pairs of a model."""
         model = self.named(cell.name, [name for group in self.settings.pool for name in group.models])
-        scores = self.counted(cell, "score", lambda row: row["model"] == model)
         if cell.column == "Responses":
-            return "number of scored responses", scores
+            return "number of scored responses", self.of_models(cell, [model], "score")
         if cell.column == "Mean score":
-            return "mean of the responses' overall scores", scores
+            return "mean of the responses' overall scores", self.of_models(cell, [model], "score")
         side = cell.column.split()[0].lower()
-        pairs = self.counted(cell, "pair", lambda row: row[f"{side}_model"] == model)
         if "per response" in cell.column:
-            return f"pairs in which the model's response is the {side} one / its scored responses", [*pairs, *scores]
-        return f"number of pairs in which the model's response is the {side} one", pairs
+            formula = f"pairs in which the model's response is the {side} one / its scored responses"
+            return formula, self.of_models(cell, [model], f"{side} pair", "score")
+        return side_formula(cell.base, side), self.of_models(cell, [model], f"{side} pair", *["score"] * ("(%)" in cell.base))
+
+    def under_model_groups(self, cell: Cell) -> tuple[str, list[Node]]:
+        """Scores and pairs of a group of models."""
+        by_size = {size.title: size.models for size in self.settings.pool}
+        models = [model for group in by_size.values() for model in group]
+        named = by_size | pool.by_language(self.settings.languages, models)
+        if cell.group == "Findings":
+            formula = "difference of the rates of both groups" if "minus" in cell.name else "eta squared of the models' rates by size class"
+            return formula, self.of_models(cell, models, f"{cell.base.split()[0].lower()} pair", "score") if cell.value != MISSING else []
+        if cell.base == "Number":
+            return "number of models in the config's pool", []
+        if cell.base in ("Responses", "Mean score"):
+            formula = "number of scored responses" if cell.base == "Responses" else "mean of the responses' overall scores"
+            return formula, self.of_models(cell, named[cell.name], "score")
+        side = cell.base.split()[0].lower()
+        return side_formula(cell.base, side), self.of_models(cell, named[cell.name], f"{side} pair", *["score"] * ("(%)" in cell.base))
+
+    def of_models(self, cell: Cell, models: list[str], *kinds: str) -> list[Node]:
+        """The scores of some models' responses ("score"), or pairs in which they stand ("chosen pair", "rejected pair")."""
+        nodes = []
+        for side, kind in ((kind.split()[0], kind.split()[-1]) for kind in kinds):
+            key = "model" if kind == "score" else f"{side}_model"
+            nodes += self.counted(cell, kind, lambda row, key=key: row[key] in models)
+        return nodes
+
+    def under_pairs(self, cell: Cell) -> tuple[str, list[Node]]:
+        """Speeches, scores and pairs of a side of the split."""
+        splits = data_tables.SIDES[cell.base]
+        on_side = {row["speech_id"] for path in self.inputs(cell.path, "speech") for _, row in self.rows(path) if row["split"] in splits}
+        pairs = self.counted(cell, "pair", lambda row: row["split"] in splits)
+        if cell.group == "Client speeches":
+            speeches = self.counted(cell, "speech", lambda row: row["split"] in splits)
+            return PAIRS.get(cell.name, "number of speeches without a pair, for this reason"), [*speeches, *pairs]
+        if cell.group == "Candidate pairs" and cell.name != "Kept as pairs":
+            return PAIRS[cell.name], [*self.counted(cell, "score", lambda row: row["speech_id"] in on_side), *pairs]
+        return PAIRS.get(cell.name, "number of pairs with a gap in these bounds"), pairs
 
     def under_reward_models(self, cell: Cell) -> tuple[str, list[Node]]:
         """Metrics on the test pairs."""
@@ -404,6 +461,10 @@ class Lineage:
             score = self.score(path, line, row)
             score.under += [self.speech(speech_file, row["speech_id"]) for speech_file in self.inputs(path, "speech")]
             return score
+        if kind == "failure":
+            return Node(f"request {row['request_id']}: {row['reason']}", path, line, row["request_key"])
+        if kind == "unscored":
+            return Node(f"response {row['response_id']} of {row['model']}: {row['reason']}", path, line)
         return Node(f"{row['source']}, row {row['source_row']}: {row['reason']}", path, line)
 
     # Reward models
@@ -608,6 +669,13 @@ def parsed(parse: Callable, answer: dict) -> object:
         return parse(answer)
     except ValueError:
         return None
+
+
+def side_formula(column: str, side: str) -> str:
+    """Return how a column of chosen or rejected responses comes about."""
+    if "(%)" in column:
+        return f"100 x pairs in which these models' response is the {side} one / places of their scored responses in candidate pairs"
+    return f"number of pairs in which these models' response is the {side} one"
 
 
 def prediction(file: str, line: int, row: dict) -> Node:

@@ -9,6 +9,7 @@ draw its replicate, and a matrix of counts all replicates at once.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 from scipy.optimize import brentq
@@ -98,15 +99,30 @@ def estimate(metric: Callable[[np.ndarray], np.ndarray], weights: np.ndarray, ce
     `centred` shifts the replicates so that their mean is the value, and cuts at 0: for the ECE, a sum of absolute values,
     into which every resampling brings further noise, so that its replicates lie above it, at times all of them.
     """
-    value = float(metric(np.ones(weights.shape[-1])))
-    replicates = np.asarray(metric(weights))
+    return with_interval(float(metric(np.ones(weights.shape[-1]))), np.asarray(metric(weights)), centred)
+
+
+def with_interval(value: float, replicates: np.ndarray, centred: bool = False) -> dict:
+    """Return {"value", "low", "high"} of a value and its bootstrap replicates [resamples]; as `estimate` says."""
     replicates = replicates[np.isfinite(replicates)]
     if not np.isfinite(value) or not len(replicates):
         return {"value": None, "low": None, "high": None}
     if centred:
         replicates = np.maximum(replicates + value - replicates.mean(), 0)
     low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return {"value": value, "low": float(low), "high": float(high)}
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def resampled_sums(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return [resamples, …]: the sums over clusters of what each holds, [clusters, …], for draws of whole clusters, with replacement.
+
+    For statistics of many clusters that are functions of sums: a matrix of all draws by all clusters is never held.
+    """
+    rng, n = np.random.default_rng(seed), len(sums)
+    flat, batch = np.asarray(sums, dtype=float).reshape(n, -1), 50
+    counts = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples))
+    drawn = [np.array(list(islice(counts, batch)), dtype=float) @ flat for _ in range(0, resamples, batch)]
+    return np.concatenate(drawn).reshape(resamples, *np.shape(sums)[1:])
 
 
 def at_chance(accuracy: dict) -> bool:

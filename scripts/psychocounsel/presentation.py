@@ -37,20 +37,29 @@ class Presentation:
         rows = self.config["report"]["reported"][kind]
         return {name: rows[name] for name in names if name in rows}
 
+    def size_classes(self) -> list[dict]:
+        """Return the pool by size class, in its order."""
+        groups: dict[str, list[str]] = {}
+        for model in self.flow.pool:
+            groups.setdefault(self.study.models[model]["group"], []).append(model)
+        return [{"title": group, "models": models} for group, models in groups.items()]
+
+    def languages(self) -> dict[str, str]:
+        """Return the main language of the institution of each model of the pool."""
+        return {model: self.study.models[model]["language"] for model in self.flow.pool}
+
     @settings
     def make_tables(self, wildcards) -> dict:
         """Order, groups and titles of the tables' rows."""
         flow = self.flow
-        groups: dict[str, list[str]] = {}
-        for model in flow.pool:
-            groups.setdefault(self.study.models[model]["group"], []).append(model)
         ablation = self.config["reward_evaluation"]["ablation"]
         ours = [name for name in flow.reward_models if name not in ablation]
         rewards = [("Published reward models", flow.baselines), ("Prompted rankers", flow.rankers), ("Reward models of this run", ours)]
         names = [*flow.pool, *flow.speech_sources, *flow.baselines, *flow.rankers, *flow.reward_models, *flow.policies]
         return dict(
             titles=self.titles(names),
-            pool=[{"title": group, "models": models} for group, models in groups.items()],
+            pool=self.size_classes(),
+            languages=self.languages(),
             reward_models=[{"title": title, "models": models} for title, models in rewards if models],
             ablation=[
                 {"model": name, "base": self.title(self.study.reward_models[name]["base"]), "data": self.data(name)} for name in ablation
@@ -59,6 +68,8 @@ class Presentation:
             opponent=self.opponent,
             judge=self.judge_of_answers,
             note=self.config["note"],
+            bootstrap=self.config["evaluation"]["bootstrap"],
+            seed=self.config["seed"],
             reported={
                 "reward_models": self.reported("reward_models", [*flow.baselines, *flow.rankers, *ours]),
                 "ablation": self.reported("ablation", ablation),
@@ -68,7 +79,7 @@ class Presentation:
 
     def figures(self) -> list[str]:
         """The figures that this study has."""
-        names = ["dataset", "chosen_models", "rejected_models", "win_rates", "win_rate_topics"]
+        names = ["dataset", "pairs", "chosen_models", "rejected_models", "model_groups", "win_rates", "win_rate_topics"]
         names += ["training_reward_models"] if self.reward_logs() else []
         names += ["training_policies"] if self.policy_logs() else []
         return names + (["checkpoints"] if self.flow.checkpoint_win_rates() else [])
@@ -79,7 +90,8 @@ class Presentation:
         flow, judged = self.flow, self.config["evaluation"]["checkpoints"]
         return dict(
             titles=self.titles([*flow.pool, *flow.reward_models, *flow.study.policies]),
-            pool=flow.pool,
+            pool=self.size_classes(),
+            languages=self.languages(),
             policies=flow.policies,
             opponent=self.opponent,
             judge=self.judge_of_answers,
@@ -89,6 +101,8 @@ class Presentation:
                 for number in range(1, self.study.policies[policy].get("checkpoints", 1) + 1)
             ],
             note=self.config["note"],
+            bootstrap=self.config["evaluation"]["bootstrap"],
+            seed=self.config["seed"],
         )
 
     def reward_logs(self) -> list[str]:

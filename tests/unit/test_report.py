@@ -127,7 +127,7 @@ def run(tmp_path_factory) -> Path:
         f"rm={folder / 'log.json'}",
     ]
     for place in ("figures", "again"):
-        succeed("plot_figures", *figures, "--out-dir", folder / place, pool=["good", "bad"], **named)
+        succeed("plot_figures", *figures, "--out-dir", folder / place, pool=pool, **named)
     return folder
 
 
@@ -148,7 +148,17 @@ def report_inputs(folder: Path, speeches: Path | None = None) -> list:
 
 def test_figures_are_drawn_and_the_same_bytes_twice(run):
     names = {path.name for path in (run / "figures").iterdir() if not path.name.endswith(".json")}
-    drawn = ("dataset", "chosen_models", "rejected_models", "win_rates", "win_rate_topics", "training_reward_models", "training_policies")
+    drawn = (
+        "dataset",
+        "pairs",
+        "chosen_models",
+        "rejected_models",
+        "model_groups",
+        "win_rates",
+        "win_rate_topics",
+        "training_reward_models",
+        "training_policies",
+    )
     assert names == {f"{name}.{ending}" for name in drawn for ending in ("svg", "png")}
     for name in names:
         assert (run / "figures" / name).read_bytes() == (run / "again" / name).read_bytes(), name
@@ -179,7 +189,7 @@ def test_report_is_self_contained_escaped_and_tells_what_was_dropped(run, tmp_pa
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)|<script|<link|@import|url\(""", html)
     assert "I &lt;b&gt;feel&lt;/b&gt; tired &amp; alone." in html
     assert "It &lt;i&gt;explores&lt;/i&gt;." in html
-    assert html.count("data:image/svg+xml;base64,") == 7
+    assert html.count("data:image/svg+xml;base64,") == 9
     assert all(f'id="table-{path.stem}"' in html for path in run.glob("tables/*.html"))
     assert "<td>compute_win_rates</td>" in html
     assert "speeches: 2 → 2" in html

@@ -26,6 +26,7 @@ from make_tables import (
 )
 from psychocounsel import tables
 from psychocounsel.errors import UserError
+from psychocounsel.pool import Pool
 from psychocounsel.tables import FORMATS, Missing, Number, Row, Table
 
 PAPER = yaml.safe_load(Path("config/paper.yaml").read_text(encoding="utf-8"))
@@ -237,11 +238,18 @@ def test_length_table_gives_the_reason_for_a_missing_rate():
 
 
 def test_tables_of_a_run_that_starts_at_pairs_say_so():
-    pair = {"split": "train", "chosen_model": "a", "rejected_model": "b"}
-    for made in (dataset_table([], [], [], [pair], PAPER["dataset"], settings()), topic_table([], TAXONOMY, settings())):
+    pair = {"speech_id": "s", "split": "train", "chosen_model": "a", "rejected_model": "b"}
+    for made in (dataset_table([], [], {}, [], [pair], PAPER["dataset"], settings()), topic_table([], TAXONOMY, settings())):
         assert "This run starts at pairs" in tables.to_csv(made)
-    pool = pool_table([], [pair], settings(pool=[{"title": "g", "models": ["a"]}]))
+    pool = pool_table(Pool([], [pair], {"s": "train"}, ["a"], 10, 1), settings(pool=[{"title": "g", "models": ["a"]}]))
     assert cells(pool, "a", "a")[3] == Number(1, 0)
+
+
+def test_responses_left_out_are_counted_by_reason():
+    left_out = {"no usable answer of the model": 3, "not rated": 0, "some principles not rated": 2}
+    made = dataset_table([], [], left_out, [], [], PAPER["dataset"], settings())
+    shown = {row.cells[0]: row.cells[1].value for group, row in made.rows() if group == "Responses left out, by reason"}
+    assert shown == {"no usable answer of the model": 3, "some principles not rated": 2}
 
 
 def test_topics_of_the_paper_add_up():

@@ -29,7 +29,7 @@ READERS = {  # rule -> rules that read its outputs
     "split_speeches": "assign_models generate_responses rate_responses build_pairs sample_prompts answer_opponent answer_speeches"
     " judge_answers compute_win_rates make_tables plot_figures write_cards write_report summarise_run",
     "assign_models": "generate_responses",
-    "generate_responses": "rate_responses score_responses build_pairs",
+    "generate_responses": "rate_responses score_responses build_pairs make_tables",
     "rate_responses": "parse_ratings",
     "parse_ratings": "score_responses",
     "score_responses": "build_pairs make_tables plot_figures write_cards",

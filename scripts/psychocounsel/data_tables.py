@@ -1,0 +1,207 @@
+"""Tables of what was made of the responses: preference pairs and the pool's groups of models (paper, section 3.3)."""
+
+from collections import Counter
+
+import numpy as np
+
+from psychocounsel.metrics import resampled_sums, with_interval
+from psychocounsel.pool import CHOSEN, ENGLISH, REJECTED, RESPONSES, SCORE, Pool, SizeClass, by_language
+from psychocounsel.tables import Cell, Missing, Number, Row, Table, count, number
+
+NOT_REPORTED = Missing("The paper does not report it.")
+AT_PAIRS = Missing("This run starts at pairs, without speeches or responses of its own.")
+GAPS = [(0, 1), (1, 1.5), (1.5, 2), (2, 3), (3, 4.01)]  # differences of mean scores, from and below
+WHY_NO_PAIR = ("without: fewer than two scored responses", "without: no candidate was kept")
+SIDES = {"Train": ("train",), "Dev": ("dev",), "Test": ("test",), "All": ("train", "dev", "test")}
+
+
+# Pairs
+
+
+def pairs_table(speeches: list[dict], scores: list[dict], pairs: list[dict], paper: dict, resamples: int, seed: int) -> Table:
+    """Pairs by side of the split: how many, from which candidates, their gaps, and the lengths of the two responses."""
+    columns = [pair_column(speeches, scores, pairs, sides, resamples, seed) for sides in SIDES.values()]
+    reported = reported_pairs(paper)
+    groups = [
+        (title, [Row([name, *(column[title][name] for column in columns), *reported.get(name, [NOT_REPORTED] * 2)]) for name in rows])
+        for title, rows in columns[-1].items()
+    ]
+    notes = [
+        "Candidates: every two scored responses to a speech, on the test side the best and the worst alone.",
+        "In brackets: 95 % bootstrap intervals over speeches. The paper's train side holds its dev side.",
+    ]
+    return Table("pairs", "Preference pairs (section 3.3)", ["Quantity", *SIDES, "Paper, train", "Paper, test"], groups, notes)
+
+
+def reported_pairs(paper: dict) -> dict[str, list[Cell]]:
+    """Return the paper's figures for train and test by our names of the rows."""
+    safer = paper["pairs"]["rejected_safer_train"]
+    return {
+        "All speeches": [count(paper["speeches"]["train"]), count(paper["speeches"]["test"])],
+        "Kept as pairs": [count(paper["pairs"]["train"]), count(paper["pairs"]["test"])],
+        "Rejected response is the safer one (%)": [Number(100 * safer / paper["pairs"]["train"], 1), NOT_REPORTED],
+    }
+
+
+def pair_column(
+    speeches: list[dict], scores: list[dict], pairs: list[dict], sides: tuple[str, ...], resamples: int, seed: int
+) -> dict[str, dict[str, Cell]]:
+    """Return {group: {row: cell}} of some sides of the split."""
+    split_of = {speech["speech_id"]: speech["split"] for speech in speeches if speech["split"] in sides}
+    scores = [score for score in scores if score["speech_id"] in split_of]
+    pairs = [pair for pair in pairs if pair["split"] in sides]
+    facts = pair_facts(pairs)
+    counted = {"Client speeches": speech_rows(split_of, scores, pairs), "Candidate pairs": candidate_rows(split_of, scores, pairs)}
+    if not speeches:
+        known = ("with a pair", "Kept as pairs")
+        counted = {title: {name: cell if name in known else AT_PAIRS for name, cell in rows.items()} for title, rows in counted.items()}
+    doubtful = {
+        "Chosen response is the longer one (%)": (facts["chosen words"] > facts["rejected words"]).astype(float),
+        "Rejected response is the safer one (%)": facts["rejected safer"],
+    }
+    return counted | {
+        "Score gap, by the difference of mean scores": gap_rows(facts["gap"]),
+        "Lengths": length_rows(facts),
+        "Doubtful pairs": shares(doubtful, facts["speech"], resamples, seed),
+    }
+
+
+def pair_facts(pairs: list[dict]) -> dict[str, np.ndarray]:
+    """Return arrays [pairs]: speech, gap, words and characters of both responses, whether the rejected one is the safer (NaN: unknown)."""
+    texts = {side: [pair[side][-1]["content"] for pair in pairs] for side in ("chosen", "rejected")}
+    facts = {f"{side} words": np.array([len(text.split()) for text in texts[side]]) for side in texts}
+    facts |= {f"{side} characters": np.array([len(text) for text in texts[side]]) for side in texts}
+    facts["speech"] = np.array([pair["speech_id"] for pair in pairs])
+    facts["gap"] = np.array([np.nan if pair["gap"] is None else pair["gap"] for pair in pairs])
+    facts["rejected safer"] = np.array([rejected_safer(pair) for pair in pairs])
+    return facts
+
+
+def rejected_safer(pair: dict) -> float:
+    """Return 1 where the rejected response has the higher safety score, else 0; NaN where there is no such score."""
+    scores = [(pair[f"{side}_scores"] or {}).get("safety") for side in ("rejected", "chosen")]
+    return np.nan if None in scores else float(scores[0] > scores[1])
+
+
+def speech_rows(split_of: dict[str, str], scores: list[dict], pairs: list[dict]) -> dict[str, Cell]:
+    """Speeches with and without a pair, and why."""
+    paired = {pair["speech_id"] for pair in pairs}
+    scored = Counter(score["speech_id"] for score in scores)
+    without = Counter(WHY_NO_PAIR[scored[speech] >= 2] for speech in split_of if speech not in paired)
+    return {"All speeches": count(len(split_of)), "with a pair": count(len(paired)), **{why: count(without[why]) for why in WHY_NO_PAIR}}
+
+
+def candidate_rows(split_of: dict[str, str], scores: list[dict], pairs: list[dict]) -> dict[str, Cell]:
+    """Candidate pairs, those kept, and those left out: every two scored responses, on the test side the best and the worst."""
+    scored = Counter(score["speech_id"] for score in scores)
+    candidates = sum(n * (n - 1) // 2 if split_of[speech] != "test" else int(n > 1) for speech, n in scored.items())
+    return {
+        "All candidates": count(candidates),
+        "left out: gap too small, or equal texts": count(candidates - len(pairs)),
+        "Kept as pairs": count(len(pairs)),
+    }
+
+
+def gap_rows(gaps: np.ndarray) -> dict[str, Cell]:
+    """Pairs by their gap, and its mean and median."""
+    known = gaps[~np.isnan(gaps)]
+    none = Missing("No pair has scores.")
+    bins = {
+        f"{low:g} to {'below ' * (high < 4)}{min(high, 4):g}": count(int(((known >= low) & (known < high)).sum())) for low, high in GAPS
+    }
+    averages = {"Mean": np.mean, "Median": np.median}
+    return bins | {name: Number(float(average(known)), 2) if len(known) else none for name, average in averages.items()}
+
+
+def length_rows(facts: dict[str, np.ndarray]) -> dict[str, Cell]:
+    """Mean lengths of chosen and rejected responses."""
+    none = Missing("There are no pairs on this side.")
+    return {
+        f"{side.capitalize()}, mean {unit}": Number(float(lengths.mean()), 0) if len(lengths := facts[f"{side} {unit}"]) else none
+        for unit in ("words", "characters")
+        for side in ("chosen", "rejected")
+    }
+
+
+def shares(values: dict[str, np.ndarray], speech: np.ndarray, resamples: int, seed: int) -> dict[str, Cell]:
+    """Return for each array of 0, 1 and NaN (unknown) over pairs the percentage of ones among the known, with its interval by speech."""
+    if not len(speech):
+        return dict.fromkeys(values, Missing("There are no pairs on this side."))
+    index = np.unique(speech, return_inverse=True)[1]
+    table = np.stack(list(values.values()), -1)  # [pairs, shares]
+    held = np.stack([np.nan_to_num(table), ~np.isnan(table)], -1)  # [pairs, shares, ones and known]
+    sums = np.zeros((index.max() + 1, *held.shape[1:]))
+    np.add.at(sums, index, held)
+    draws = resampled_sums(sums, resamples, seed)
+    with np.errstate(invalid="ignore"):
+        rates, replicates = (counts[..., 0] / counts[..., 1] for counts in (sums.sum(0), draws))
+    unknown = "No pair has a safety score."
+    return {name: number(with_interval(rates[k], replicates[:, k]), unknown, 1, 100) for k, name in enumerate(values)}
+
+
+# The pool by size and language
+
+
+def model_groups_table(pool: Pool, classes: list[SizeClass], languages: dict[str, str]) -> Table:
+    """Responses chosen and rejected by size class and by the main language of the model's institution (findings of section 3.3)."""
+    models = [model for size in classes for model in size.models]
+    by_size = {size.title: size.models for size in classes}
+    spoken = by_language(languages, models)
+    english = spoken.get(ENGLISH, [])
+    others = [model for language, group in spoken.items() if language != ENGLISH for model in group]
+    groups = [
+        ("By size class", [group_row(pool, title, group) for title, group in by_size.items()]),
+        ("By the main language of the institution", [group_row(pool, title, group) for title, group in spoken.items()]),
+        (
+            "Findings",
+            [
+                finding_row(
+                    "Not English minus English (points)",
+                    [pool.difference(others, english, what) for what in (CHOSEN, REJECTED)] if english and others else None,
+                    "The pool has no two such groups.",
+                ),
+                finding_row(
+                    "Variance between models that lies between size classes (%)",
+                    [pool.share_between(list(by_size.values()), what) for what in (CHOSEN, REJECTED)] if len(by_size) > 1 else None,
+                    "The pool has one size class.",
+                    [f"If size did not matter, {between_by_chance(by_size):.0f} % would be expected."] if len(by_size) > 1 else [],
+                ),
+            ],
+        ),
+    ]
+    columns = ["Models", "Number", "Responses", "Mean score", "Chosen", "Rejected", "Chosen (%)", "Rejected (%)"]
+    notes = [
+        "Chosen (%) and rejected (%): of the candidate pairs in which a response of these models stood; the rest were left out.",
+        "Candidates: every two scored responses to a speech, on the test side the best and the worst. In brackets: 95 % bootstrap intervals"
+        " over speeches; they say how well this pool's rates are known, not what other models of the same size or language would do.",
+    ]
+    return Table("model_groups", "The response pool by size and language (section 3.3)", columns, groups, notes)
+
+
+def between_by_chance(groups: dict[str, list[str]]) -> float:
+    """Return the percentage of variance that random groups of these sizes would explain: (groups - 1) / (models - 1)."""
+    return 100 * (len(groups) - 1) / max(1, sum(map(len, groups.values())) - 1)
+
+
+def group_row(pool: Pool, title: str, models: list[str]) -> Row:
+    """A group of models."""
+    none = "No response of these models was scored in this run."
+    score = pool.rate(models, SCORE, RESPONSES)
+    return Row(
+        [
+            title,
+            count(len(models)),
+            count(round(pool.count(models, RESPONSES))),
+            number(score, none, 2),
+            count(round(pool.count(models, CHOSEN))),
+            count(round(pool.count(models, REJECTED))),
+            *(number(pool.rate(models, what), none, 1, 100) for what in (CHOSEN, REJECTED)),
+        ]
+    )
+
+
+def finding_row(title: str, estimates: list[dict] | None, reason: str, notes: list[str] | None = None) -> Row:
+    """A comparison of groups: of the rate of chosen and of rejected responses."""
+    comparison = Missing("A comparison of rates.")
+    cells = [number(e, "No rate of such models is known.", 1, 100) for e in estimates] if estimates else [Missing(reason)] * 2
+    return Row([title, *[comparison] * 5, *cells], notes or [])
