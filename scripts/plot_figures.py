@@ -231,7 +231,7 @@ def plot_pool(pool: Pool, side: str, settings: FigureSettings) -> "Figure":
     for axes in (counts, rates):
         axes.grid(axis="y", visible=False)
     note = {"title": "size class; * the institution's main language is not English"} if any(foreign) else {"title": "size class"}
-    figure.legend(*rates.get_legend_handles_labels(), loc="outside lower center", ncols=5, **note)
+    figure.legend(*rates.get_legend_handles_labels(), loc="outside upper center", ncols=5, **note)
     return figure
 
 
@@ -243,7 +243,7 @@ def plot_model_groups(pool: Pool, settings: FigureSettings) -> "Figure":
     spoken = by_language(settings.languages, [model for models in by_size.values() for model in models])
     panels = {"By size class": by_size, "By the institution's language": spoken}
     most = max(map(len, panels.values()))
-    figure, axes_of = canvas(1, 2, width=7.0, height=1.5 + 0.34 * most)
+    figure, axes_of = canvas(1, 2, width=7.0, height=1.7 + 0.34 * most)
     for axes, (title, groups) in zip(axes_of, panels.items(), strict=True):
         names = list(groups)[::-1]
         for k, side in enumerate(SIDES):
