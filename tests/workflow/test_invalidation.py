@@ -177,7 +177,7 @@ MATRIX = [
     ("a module that only one program imports", text("scripts/psychocounsel/near_duplicates.py", "+ 1", "+ 2"), "select_speeches", {}),
     ("a module of two programs", text("scripts/psychocounsel/winrates.py", "0.5", "0.25"), "compute_win_rates write_report", {}),
     ("the chat client", text("scripts/psychocounsel/chat.py", *CLIENT_EDIT), ASKING, {}),
-    ("how requests are carried", text("scripts/psychocounsel/line.py", "LONGEST_PAUSE_S = 1.0, 60.0", "LONGEST_PAUSE_S = 1.0, 30.0"), "", {}),
+    ("how requests are carried", text("scripts/psychocounsel/line.py", "S = 1.0, 60.0", "S = 1.0, 30.0"), "", {}),
     (
         "the version of a file format",
         text("scripts/psychocounsel/records.py", "CODE_VERSION = 1", "CODE_VERSION = 2"),
