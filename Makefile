@@ -1,6 +1,7 @@
 # make demo · make test · make lint: each sets up what it needs.
 #   make demo SPEECHES=counsel-chat         the demonstration on real questions (source cache, else downloaded)
 #   make demo SPEECHES=counselling-bench    on questions with recorded answers of real 7B models
+#   make bench                              every benchmark at its default size (full scale: benchmarks/full_scale.py)
 #   make plan                               what `make demo` would run, why, and what it would cost; with SPEECHES, too
 #   make plan STUDY=config/config.yaml PROFILE=slurm   the same of the paper's run
 #   make pin                                resolve the names of the paper's run, once, where there is a network
@@ -12,9 +13,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 SPEECHES ?= demo
 STUDY = config/demo.yaml$(if $(filter-out demo,$(SPEECHES)), config/demo_$(subst -,_,$(SPEECHES)).yaml)
 PROFILE = profiles/local
+BENCHMARKS = verify_speed near_duplicates full_scale
 RUN = demo$(if $(filter-out demo,$(SPEECHES)),-$(SPEECHES))
 
-.PHONY: demo plan pin test test-fast lint format dry-run audit report lock clean-demo
+.PHONY: demo plan pin test test-fast bench lint format dry-run audit report lock clean-demo
 
 demo: .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --quiet reason host
@@ -31,6 +33,10 @@ test: .venv/dev.ready
 
 test-fast: .venv/dev.ready
 	pytest -q -m "not slow" tests/unit
+
+# One after the other, since each wants both cores.
+bench: .venv/dev.ready
+	set -e; for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; python benchmarks/$$benchmark.py; done
 
 lint: .venv/dev.ready
 	ruff check .
