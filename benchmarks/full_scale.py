@@ -28,7 +28,7 @@ sys.path.insert(0, "tests")
 from fakes.stub_server import StubServer
 from synthetic_sources import PAPER_SPEECHES, SOURCES, write_sources
 
-from psychocounsel.config import merged
+from psychocounsel.records import file_sha256
 
 ROOT = Path.cwd()
 RUN = "full-scale"
@@ -78,9 +78,10 @@ def prepare(folder: Path, speeches: int, url: str) -> int:
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     registry = yaml.safe_load(Path("config/sources.yaml").read_text(encoding="utf-8"))
-    sources = {name: merged(registry[name], {"sha256": None, "address": None}) for name in SOURCES}
+    files = {name: registry[name]["file"] for name in SOURCES}
+    cells = write_sources(folder / "raw", files, speeches)
+    sources = {name: {"sha256": file_sha256(folder / "raw" / file)} for name, file in files.items()}
     sources["phi2mental"]["columns"] = {"text": "input"}
-    cells = write_sources(folder / "raw", {name: entry["file"] for name, entry in sources.items()}, speeches)
     endpoints = yaml.safe_load(Path("config/endpoints.yaml").read_text(encoding="utf-8"))
     at_stub = {"kind": "openai", "base_url": url, "api_key_env": None, "requests_per_minute": None, "tokens_per_minute": None}
     at_stub |= {"concurrency": IN_FLIGHT, "server": None, "server_args": [], "start_timeout_s": None}

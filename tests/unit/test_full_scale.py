@@ -1,11 +1,9 @@
-"""The benchmark of the whole workflow: its raw files, its sums and, slow, a tiny run."""
+"""The benchmark of the whole workflow: its raw files and its sums; tests/workflow runs it."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 from psychocounsel.adapters import Columns, read_speeches
@@ -74,16 +72,3 @@ def test_what_takes_too_much_is_named():
     asking |= {"longest": 1000.0, "asked": 5}
     assert "slow (121 s, 100 MB), large (10 s, 4001 MB)" in verdict([slow, large, asking])
     assert "asking" not in verdict([slow, large, asking]).partition(":")[2]
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs_and_asks_nothing_twice():
-    done = subprocess.run(
-        [sys.executable, "benchmarks/full_scale.py", "--speeches", "40", "--delay", "0", "--rerun"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, second = done.stdout.split("The same without results")
-    asked = [line.split() for line in first.splitlines() if line.startswith("rate_responses ")][0]
-    kept = [line.split() for line in second.splitlines() if line.startswith("rate_responses ")][0]
-    assert asked[7] == kept[9] == "280", "seven calls a speech, then all from the journal"
-    assert kept[7] == asked[9] == "0"
