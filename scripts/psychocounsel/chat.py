@@ -18,12 +18,13 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from psychocounsel.batch import Calls, ask_in_batches, batches_of, refuse_under_way
 from psychocounsel.endpoints import Endpoint, read_endpoint
 from psychocounsel.errors import UserError
 from psychocounsel.journal import Journal, add_tokens, peek
 from psychocounsel.line import Call, Line, PassingFault, RefusedRequest, characters, judge, send_all
 from psychocounsel.models import ModelSpec
-from psychocounsel.pricing import cost, expected_tokens, read_price, usages
+from psychocounsel.pricing import cost, expected_cost, expected_tokens, read_price, usages
 from psychocounsel.records import canonical_json, content_hash, file_sha256
 from psychocounsel.serving import name_at_server, served, transformers_options
 
@@ -117,7 +118,7 @@ def complete(
         return Call(request_key(identity, spec, request, answer_format), request.messages, options, request.group, partial(check, request))
 
     if plan:
-        print(canonical_json(planned(spec, endpoint, map(call, requests), peek(Path(journal)), price)))
+        print(canonical_json(planned(spec, endpoint, map(call, requests), Path(journal), price)))
         sys.exit()
     keys = {request.id: bytes.fromhex(call(request).key) for request in requests}
     if len(keys) < len(requests):
@@ -131,8 +132,8 @@ def complete(
         with Journal(Path(journal), keys.values()) as kept:
             totals["from_journal"] = sum(key in kept for key in kept.answers)
             log.info("%s: %d requests, %d answered in the journal", spec.name, len(kept.answers), totals["from_journal"])
-            calls = map(call, unanswered(requests, keys, kept))
-            ask_all(spec, endpoint, Path(weights).parent if weights else None, calls, kept, attempts)
+            folder = Path(weights).parent if weights else None
+            ask_all(spec, endpoint, folder, lambda: map(call, unanswered(requests, keys, kept)), kept, attempts)
         answered, outcome = kept, kept.outcome
         totals |= kept.spent
 
@@ -147,7 +148,7 @@ def complete(
     answers = Lazy([request_id for request_id, key in keys.items() if key in answered], answer)
     failures = Lazy([request_id for request_id, key in keys.items() if key not in answered], failure)
     refuse_too_many(spec, failures, len(requests), max_failed_share, journal)
-    if endpoint.kind == "openai":
+    if endpoint.remote:
         warn_of_other_model(spec, kept.served_models)
     return answers, failures, totals | {"failed": len(failures), "cost": cost(price, totals)}
 
@@ -162,14 +163,18 @@ def unanswered(requests: Iterable[ChatRequest], keys: dict[str, bytes], kept: Jo
             yield request
 
 
-def planned(spec: ModelSpec, endpoint: Endpoint, calls: Iterable[Call], answered: dict[str, dict], price: dict | None) -> dict:
-    """Return what is left to ask of calls, and its tokens and cost: about, or, without an answer to go by, at most so much."""
+def planned(spec: ModelSpec, endpoint: Endpoint, calls: Iterable[Call], journal: Path, price: dict | None) -> dict:
+    """Return what is left to ask of calls, and its tokens and cost: about, or, without an answer to go by, at most so much.
+
+    What is on its way in batches is paid already, and not left.
+    """
+    answered, flying = peek(journal), batches_of(journal).keys()
     left, keys, read, length = [], set(), 0, 0
     for call in calls:
         if call.key in keys:
             continue
         keys.add(call.key)
-        if endpoint.kind != "local" and call.key not in answered:
+        if endpoint.kind != "local" and call.key not in answered and call.key not in flying:
             left.append(characters(call.messages))
         elif call.key in answered and (usage := answered[call.key]["usage"]):
             read, length = read + usage["prompt_tokens"], length + characters(call.messages)
@@ -177,7 +182,8 @@ def planned(spec: ModelSpec, endpoint: Endpoint, calls: Iterable[Call], answered
     seen = usages(answered.values(), spec.id, endpoint.kind)
     tokens = expected_tokens(left, seen, read / length if length else None, longest)
     facts = {"model": spec.name, "endpoint": endpoint.kind, "requests": len(keys), "left": len(left)}
-    return {**facts, **tokens, "cost": cost(price, tokens), "bound": bool(left) and not seen}
+    facts["under_way"] = len(keys & flying - answered.keys())
+    return {**facts, **tokens, "cost": expected_cost(price, tokens, endpoint.kind), "bound": bool(left) and not seen}
 
 
 # What determines an answer ------------------------------------------------------------------------------------------------------------
@@ -187,7 +193,7 @@ def model_identity(spec: ModelSpec, endpoint: Endpoint, weights: Path | None) ->
     """Return what of the model determines its answers; local weights stand for themselves, whatever the model is called."""
     who = {"weights": file_sha256(weights)} if weights else {"id": spec.id, "revision": spec.revision}
     loaded = spec.serve.model_dump(exclude={"tensor_parallel"}) if endpoint.kind == "serve" and spec.serve else None
-    return {"kind": endpoint.kind, **who, "serve": loaded}
+    return {"kind": "openai" if endpoint.remote else endpoint.kind, **who, "serve": loaded}
 
 
 def request_key(identity: dict, spec: ModelSpec, request: ChatRequest, answer_format: dict | None) -> str:
@@ -229,11 +235,16 @@ def common_body(spec: ModelSpec, endpoint: Endpoint, folder: Path | None) -> dic
 # Asking -------------------------------------------------------------------------------------------------------------------------------
 
 
-def ask_all(spec: ModelSpec, endpoint: Endpoint, folder: Path | None, calls: Iterator[Call], kept: Journal, attempts: int) -> None:
-    """Ask every call and journal each outcome as it comes; without calls no server is started."""
+def ask_all(spec: ModelSpec, endpoint: Endpoint, folder: Path | None, left: Calls, kept: Journal, attempts: int) -> None:
+    """Ask every call that is left and journal each outcome as it comes; without calls no server is started."""
+    calls = iter(left())
     if (first := next(calls, None)) is None:
         return
     api_key, common = endpoint.api_key(), common_body(spec, endpoint, folder)
+    if endpoint.kind == "batch":
+        ask_in_batches(endpoint, api_key, common, left, kept, attempts)
+        return
+    refuse_under_way(left, kept.path)
     if endpoint.kind == "serve":
         server = served(spec, endpoint, folder, kept.path.with_name(kept.path.name + ".server.log"))
     else:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from psychocounsel.config import read_yaml
 from psychocounsel.endpoints import read_endpoint
 from psychocounsel.journal import peek
-from psychocounsel.pricing import cost, expected_tokens, read_price, usages
+from psychocounsel.pricing import expected_cost, expected_tokens, read_price, usages
 from psychocounsel.prompts import render
 from psychocounsel.records import iter_json_lines
 
@@ -45,7 +45,7 @@ def expected_requests(job, makers: dict) -> dict:
     if seen:  # of this job's own earlier requests
         tokens["prompt_tokens"] = round(left.value * sum(usage["prompt_tokens"] or 0 for usage in seen) / len(seen))
     facts = {"model": model["name"], "endpoint": kind, "requests": requests.value, "left": left.value}
-    price = cost(read_price(job.options("--prices"), model["name"]), tokens)
+    price = expected_cost(read_price(job.options("--prices"), model["name"]), tokens, kind)
     return {
         **facts,
         **tokens,

@@ -88,6 +88,10 @@ class Journal:
         self.unsynced = True
         self._take(outcome, len(line))
 
+    def sync(self) -> None:
+        """Bring everything that was added to the disk."""
+        os.fsync(self.file.fileno())
+
     def _take(self, outcome: dict, length: int) -> None:
         """Count the outcome on the next line; a failure is no answer, so that a later run asks again."""
         start, self.end, key, answer = self.end, self.end + length, bytes.fromhex(outcome["key"]), outcome["answer"]
@@ -179,7 +183,14 @@ def peek(path: Path) -> dict[str, dict]:
     return found
 
 
-def add_tokens(total: dict, usage: dict | None) -> dict[str, int]:
-    """Return the sum of two counts of tokens by kind; a kind that an endpoint does not count is 0."""
+def add_tokens(total: dict, usage: dict | None) -> dict:
+    """Return the sum of two counts of tokens by kind; a kind that an endpoint does not count is 0.
+
+    Of them, those under "batch" came by the Batch API, at a price of their own; the key stands only where there are some.
+    """
+    usage = usage or {}
     kinds = ("prompt_tokens", "completion_tokens", "cached_tokens")
-    return {kind: (total.get(kind) or 0) + ((usage or {}).get(kind) or 0) for kind in kinds}
+    summed = {kind: (total.get(kind) or 0) + (usage.get(kind) or 0) for kind in kinds}
+    if "batch" in total or "batch" in usage:
+        summed["batch"] = add_tokens(total.get("batch") or {}, usage.get("batch"))
+    return summed

@@ -193,20 +193,23 @@ class Line:
             return NO_CONNECTION
         if not isinstance(error, APIStatusError):
             return "a reply that is no completion"
-        status, code, where = error.status_code, error.code, self.client.base_url
-        if status in (401, 403) or code == "invalid_api_key":  # the endpoint's own message may quote the key
-            raise UserError(f"{where} refuses the key in {self.endpoint.api_key_env} for {self.common['model']} (HTTP {status}). {KEPT}")
-        if status == 402 or code in ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"):
-            raise UserError(f"{where}: the account is exhausted (HTTP {status}); top it up. {KEPT}")
-        if status == 404 or code == "model_not_found":
-            raise UserError(
-                f"{where} knows no model {self.common['model']!r}: see `id` in models.yaml, `base_url` in endpoints.yaml. {KEPT}"
-            )
-        if status in (408, 409, 429) or status >= 500:
-            return f"HTTP {status}: {error.message}"
-        if code in ("content_filter", "content_policy_violation"):
-            raise RefusedRequest(f"{REFUSALS['content_filter']}: HTTP {status}: {error.message}")
-        raise RefusedRequest(f"HTTP {status}: {error.message}")
+        about = (self.client.base_url, self.endpoint.api_key_env, self.common["model"])
+        return status_reason(error.status_code, error.code, error.message, *about)
+
+
+def status_reason(status: int, code: str | None, message: str | None, where: object, key: str | None, model: str) -> str:
+    """Return the reason of a passing fault that has a status; raise UserError or RefusedRequest for another, as `Line.reason` does."""
+    if status in (401, 403) or code == "invalid_api_key":  # the endpoint's own message may quote the key
+        raise UserError(f"{where} refuses the key in {key} for {model} (HTTP {status}). {KEPT}")
+    if status == 402 or code in ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"):
+        raise UserError(f"{where}: the account is exhausted (HTTP {status}); top it up. {KEPT}")
+    if status == 404 or code == "model_not_found":
+        raise UserError(f"{where} knows no model {model!r}: see `id` in models.yaml, `base_url` in endpoints.yaml. {KEPT}")
+    if status in (408, 409, 429) or status >= 500:
+        return f"HTTP {status}: {message}"
+    if code in ("content_filter", "content_policy_violation"):
+        raise RefusedRequest(f"{REFUSALS['content_filter']}: HTTP {status}: {message}")
+    raise RefusedRequest(f"HTTP {status}: {message}")
 
 
 def read_completion(completion) -> dict:

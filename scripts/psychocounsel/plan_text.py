@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tabulate import SEPARATING_LINE, tabulate
 
+from psychocounsel.endpoints import is_remote
 from psychocounsel.estimates import ABOUT, AT_MOST, EXACT, Count, paper
 from psychocounsel.plan import Job, distinct, nearest, plan
 
@@ -99,6 +100,8 @@ def footnotes(jobs: list[Job]) -> Iterator[str]:
         yield "~ is about, ≤ at most; a sum is as vague as its vaguest part."
     if asking:
         yield "Requests are those that the journals do not answer yet; answers that must be asked again are not counted."
+    if flying := sum(job.asks.get("under_way", 0) for job in jobs if job.asks):
+        yield f"{flying:,} requests more are on their way in batches, and paid: they are collected, not counted here."
     if any(name == "requests" and count.meant for name, count in counts):
         sizes = f"; of the speeches, where no limit says, the paper's {paper()['speeches']['total']:,}" if unread(jobs) else ""
         yield f"~ or ≤ requests: their inputs are still to be made, so their number is the config's{sizes}."
@@ -111,7 +114,7 @@ def footnotes(jobs: list[Job]) -> Iterator[str]:
         yield f"Where rerun stages bring the same again, {left:,} requests{price} are left in all: the journals answer the others."
     if any(job.asks["cost"] for job in asking):
         yield "Money is by the list prices of the models' registry."
-    if unpriced := sorted({job.asks["model"] for job in asking if job.asks["endpoint"] == "openai" and job.asks["cost"] is None}):
+    if unpriced := sorted({job.asks["model"] for job in asking if is_remote(job.asks["endpoint"]) and job.asks["cost"] is None}):
         yield f"No price in the registry, so not in the sum: {', '.join(unpriced)}."
     if any(job.gpu_meant == AT_MOST for job in jobs):
         yield "≤ GPU hours: the jobs' time limits times their GPUs; ~ GPU hours: from the time that the rule took before."

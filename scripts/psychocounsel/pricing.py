@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from psychocounsel.config import load_registry
+from psychocounsel.endpoints import is_remote
 
 CODE_VERSION = 1  # no result depends on what it cost
 
@@ -26,18 +27,31 @@ def registry(files: tuple[Path, ...]) -> dict:
 
 
 def cost(price: dict | None, tokens: dict) -> float | None:
-    """Return what tokens cost in dollars; of the tokens read, the cached ones have a price of their own where there is one."""
+    """Return what tokens cost in dollars, those of batches at their share of the price."""
     if price is None:
         return None
+    dollars = list_price(price, tokens)
+    if "batch" in tokens:
+        dollars -= (1 - price.get("batch", 1)) * list_price(price, tokens["batch"])
+    return round(dollars, 6)
+
+
+def expected_cost(price: dict | None, tokens: dict, endpoint: str) -> float | None:
+    """Return what tokens to come will cost in dollars, asked through an endpoint of this kind."""
+    return cost(price, tokens | {"batch": tokens} if endpoint == "batch" else tokens)
+
+
+def list_price(price: dict, tokens: dict) -> float:
+    """Return what tokens cost in dollars without a discount; of those read, the cached ones have their own price, where there is one."""
     cached = tokens["cached_tokens"]
     cached_price = price["input"] if price["cached_input"] is None else price["cached_input"]
     dollars = (tokens["prompt_tokens"] - cached) * price["input"] + cached * cached_price + tokens["completion_tokens"] * price["output"]
-    return round(dollars / 1_000_000, 6)
+    return dollars / 1_000_000
 
 
 def usages(answers: Iterable[dict], model: str, endpoint: str) -> list[dict]:
     """Return the usage of a journal's answers; of a remote endpoint only that of the model with this id: another's answers differ."""
-    remote = endpoint == "openai"  # our own servers name a model by its place
+    remote = is_remote(endpoint)  # our own servers name a model by its place
     of_model = (answer for answer in answers if not remote or (answer["served_model"] or model).startswith(model))
     return [answer["usage"] for answer in of_model if answer["usage"]]
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from psychocounsel.config import Study
+from psychocounsel.endpoints import is_remote
 from psychocounsel.fingerprint import code_fingerprint
 
 OURS = "psychocounsel"  # the run's own pairs, where a config names preference data
@@ -101,7 +102,7 @@ class Workflow:
 
     def remote_slots(self, model: str) -> int:
         """Return 1 for a model behind a remote endpoint: jobs that share an account's limits run one at a time."""
-        return int(self.study.endpoints[self.study.models[model]["endpoint"]]["kind"] == "openai")
+        return int(is_remote(self.study.endpoints[self.study.models[model]["endpoint"]]["kind"]))
 
     def gpus(self, model: str) -> int:
         """Return the GPUs that serving a model takes: none where it is served on the CPU or not by us."""

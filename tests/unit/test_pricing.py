@@ -100,7 +100,7 @@ def test_a_plan_asks_nothing_and_counts_what_the_journal_lacks(tmp_path, server,
     plan = json.loads(capsys.readouterr().out)
     assert not end.value.code
     assert len(server.requests) == 3
-    expected = {"model": "therapist", "endpoint": "openai", "requests": 10, "left": 7, "bound": False, "cached_tokens": 0}
+    expected = {"model": "therapist", "endpoint": "openai", "requests": 10, "left": 7, "under_way": 0, "bound": False, "cached_tokens": 0}
     expected |= {kind: round(totals[kind] * 7 / 3) for kind in ("prompt_tokens", "completion_tokens")}  # questions of one length
     assert plan == expected | {"cost": pytest.approx((expected["prompt_tokens"] * 2.5 + expected["completion_tokens"] * 10) / 1e6)}
 
