@@ -27,6 +27,7 @@ SETTINGS = {
 }
 NOT_REPORTED = "The paper does not report it."
 UNANSWERED = "no usable answer of the model"
+PERSONAL_DATA = {"email": "e-mail addresses", "phone": "telephone numbers", "url": "web addresses"}
 SHORT_TOPICS = {  # column heads of Table 3
     "core_mental_health_issues": "Mental Issues",
     "emotional_well_being": "Emotional Well-being",
@@ -204,6 +205,10 @@ def dataset_table(
     def sized(value: int) -> Cell:
         return count(value) if speeches else no_speeches
 
+    def masked(kind: str) -> Cell:
+        looked_for = all("masked" in speech for speech in speeches)
+        return sized(sum(kind in speech["masked"] for speech in speeches)) if looked_for else Missing("This run keeps personal data.")
+
     reported = {**paper["speeches"], **{f"{side} pairs": paper["pairs"][side] for side in ("train", "test")}}
     groups = [
         (
@@ -218,6 +223,7 @@ def dataset_table(
                 ),
                 Row(["Characters, least", sized(min(lengths, default=0)), count(reported["min_chars"])]),
                 Row(["Characters, most", sized(max(lengths, default=0)), count(reported["max_chars"])]),
+                *[Row([f"With masked {what}", masked(kind), unknown]) for kind, what in PERSONAL_DATA.items()],
             ],
         ),
         ("Speeches by source", [Row([settings.title(source), count(n), unknown]) for source, n in sources.most_common()]),

@@ -1,15 +1,19 @@
-"""Select client speeches from all sources (paper, section 3.1): normalise, filter by length, remove duplicates.
+"""Select client speeches from all sources (paper, section 3.1): normalise, mask personal data, filter by length, remove duplicates.
 
-Sources are taken in the order given, rows in their file's order; of duplicates the first is kept. Every row that is left out
-goes to the side file --dropped with its reason and, of a duplicate, the id of the kept speech that it repeats.
+Personal data are masked first, so that all that follows, the ids too, rests on the text that is released. Sources are taken in the
+order given, rows in their file's order; of duplicates the first is kept. Every row that is left out goes to the side file --dropped
+with its reason and, of a duplicate, the id of the kept speech that it repeats.
 """
 
+from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from psychocounsel.errors import UserError
 from psychocounsel.near_duplicates import find_near_duplicates
+from psychocounsel.personal_data import mask
 from psychocounsel.sampling import hash_order
 from psychocounsel.stage import Settings, command_line, dropped_by_reason, stage
 from psychocounsel.texts import normalise, speech_id
@@ -36,6 +40,9 @@ class SelectSettings(Settings):
 
     min_chars: int = Field(description="least length of a normalised speech", ge=1)
     max_chars: int = Field(description="greatest length of a normalised speech", ge=1)
+    personal_data: Literal["mask", "keep", "drop"] = Field(
+        "mask", description="e-mail addresses, telephone numbers, addresses of web pages: mask or keep them, or drop a speech that has any"
+    )
     near_duplicates: NearDuplicateSettings = Field(description="drop_above, cluster_above, shingle_chars, permutations")
     limit: int | None = Field(None, description="keep at most so many speeches, in seeded order; null: all", ge=1)
     seed: int = Field(description="seed of the sketches and of the order for `limit`", ge=0)
@@ -52,23 +59,40 @@ def main() -> None:
         rows = [row for path in run.args.sources for row in run.read(path, "source_row")]
         dropped: list[dict] = []
 
-        speeches = drop_by_length([as_speech(row) for row in rows], settings, dropped)
+        speeches = drop_personal_data([as_speech(row, settings.personal_data) for row in rows], settings, dropped)
+        speeches = drop_by_length(speeches, settings, dropped)
         speeches = drop_exact_duplicates(speeches, dropped)
         speeches = drop_near_duplicates(speeches, settings, dropped)
         speeches = drop_over_limit(speeches, settings, dropped)
         name_clusters(speeches)
 
         run.account("speeches", len(rows), len(speeches), dropped_by_reason(dropped))
+        run.note(masked=dict(sum((Counter(speech.get("masked", {})) for speech in speeches), Counter())))
         if not speeches:
             raise UserError(f"no speech is left of {len(rows)} rows: {dict(dropped_by_reason(dropped))}; see `speeches` in the config")
         run.write(run.args.out, speeches, "unique_speech", sort_by="speech_id")
         run.write(run.args.dropped, dropped, "dropped_row", sort_by=lambda row: (row["source"], row["source_row"]))
 
 
-def as_speech(row: dict) -> dict:
-    """Return a source's row with its normalised text and the id made from it; it is a cluster of its own at first."""
+def as_speech(row: dict, personal_data: str) -> dict:
+    """Return a source's row with its normalised, masked text and the id made from it; it is a cluster of its own at first."""
     text = normalise(row["text"])
-    return {"speech_id": speech_id(text), **row, "text": text, "cluster_id": speech_id(text)}
+    masked = {}
+    if personal_data != "keep":
+        text, found = mask(text)
+        masked = {"masked": found}
+    return {"speech_id": speech_id(text), **row, "text": text, "cluster_id": speech_id(text), **masked}
+
+
+def drop_personal_data(speeches: list[dict], settings: SelectSettings, dropped: list[dict]) -> list[dict]:
+    """Keep speeches without personal data, where the settings say so; else all."""
+    kept = []
+    for speech in speeches:
+        if settings.personal_data == "drop" and speech["masked"]:
+            dropped.append(dropped_row(speech, "personal data", ", ".join(f"{kind}: {n}" for kind, n in speech["masked"].items())))
+        else:
+            kept.append(speech)
+    return kept
 
 
 def drop_by_length(speeches: list[dict], settings: SelectSettings, dropped: list[dict]) -> list[dict]:

@@ -23,6 +23,7 @@ import parse_ratings
 from psychocounsel import adapters, data_tables, pool, winrates
 from psychocounsel.config import load_registry, locate
 from psychocounsel.errors import UserError, nearest_or_all
+from psychocounsel.personal_data import mask
 from psychocounsel.provenance import read_record, record_path
 from psychocounsel.records import iter_json_lines
 from psychocounsel.stage import parse_settings
@@ -63,6 +64,9 @@ DATASET = {  # rows of the table of the data set -> formula, records that count,
     (SPEECHES, "Characters, mean"): ("mean number of characters of the speeches", "speech", None),
     (SPEECHES, "Characters, least"): ("least number of characters of a speech", "speech", None),
     (SPEECHES, "Characters, most"): ("greatest number of characters of a speech", "speech", None),
+    (SPEECHES, "With masked e-mail addresses"): ("number of speeches with at least one", "speech", None),
+    (SPEECHES, "With masked telephone numbers"): ("number of speeches with at least one", "speech", None),
+    (SPEECHES, "With masked web addresses"): ("number of speeches with at least one", "speech", None),
     (RESPONSES, "Responses scored"): ("number of scored responses", "score", None),
     (RESPONSES, "Models that answered"): ("number of distinct models among the scored responses", "score", None),
     (RESPONSES, "Pairs, train with dev"): ("number of preference pairs", "pair", ("train", "dev")),
@@ -640,7 +644,8 @@ class Lineage:
         node = Node(f"client speech {speech_id}", file, line, text=row["text"])
         sources = [path for path in self.inputs(file, "source_row") if Path(path).stem == row["source"]]
         cells = self.find(sources, "source_row", row["source_row"])  # several where a row of the source has several texts
-        same = [cell for cell in cells if normalise(cell[2]["text"]) == row["text"]]
+        clean = [normalise(cell[2]["text"]) for cell in cells]
+        same = [cell for cell, text in zip(cells, clean, strict=True) if row["text"] in (text, mask(text)[0])]
         node.agrees = bool(same)
         for path, number, found in same or cells:
             raws = [self.raw_row(raw, path, found) for raw in self.inputs(path, "raw")]

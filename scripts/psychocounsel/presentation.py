@@ -7,6 +7,12 @@ from psychocounsel.workflow import OURS, Workflow
 
 CODE_VERSION = 1  # only rules use it; what it hands to programs stands in their settings
 
+PERSONAL_DATA = {
+    "mask": "e-mail addresses, telephone numbers of people and web addresses are masked; names are not",
+    "keep": "kept as it stands in the sources",
+    "drop": "speeches with e-mail addresses, telephone numbers of people or web addresses are dropped; names are not looked for",
+}
+
 
 class Presentation:
     """Settings and inputs of the rules in report.smk."""
@@ -195,6 +201,7 @@ class Presentation:
             ("Sources", ", ".join(self.title(name) for name in self.flow.speech_sources)),
             ("Speeches", f"{config['speeches']['min_chars']} to {config['speeches']['max_chars']} characters, "
                          f"near duplicates above {near['drop_above']} dropped, above {near['cluster_above']} on one side of the split"),
+            ("Personal data", PERSONAL_DATA[config["speeches"]["personal_data"]]),
             ("Responses", f"{config['responses']['models_per_speech']} models of a pool of {len(self.flow.pool)} per speech"),
             ("Judge of the responses", f"{self.judge}, seven principles, 1 to 5"),
             ("Pairs", f"gap of the mean scores of at least {config['pairs']['min_gap']}"),

@@ -26,8 +26,8 @@ SUFFIX = ".prov.json"
 RESULTS = "results"  # what lies here was made by a rule: without a record it is not what it seems
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "accelerate", "aiohttp", "datasets", "deepspeed", "huggingface_hub", "numpy", "openai", "peft", "pydantic", "rensa", "safetensors",
-    "scikit-learn", "snakemake", "tokenizers", "torch", "transformers", "trl", "vllm",
+    "accelerate", "aiohttp", "datasets", "deepspeed", "huggingface_hub", "linkify-it-py", "numpy", "openai", "peft",
+    "phonenumbers", "pydantic", "rensa", "safetensors", "scikit-learn", "snakemake", "tokenizers", "torch", "transformers", "trl", "vllm",
 )  # fmt: skip
 
 
