@@ -4,6 +4,7 @@
 #   make bench                              every benchmark at its default size (full scale: benchmarks/full_scale.py)
 #   make plan                               what `make demo` would run, why, and what it would cost; with SPEECHES, too
 #   make plan STUDY=config/config.yaml PROFILE=slurm   the same of the paper's run
+#   make sources                            what becomes of each source of speeches whose file is at hand: counts, no texts
 #   make pin                                resolve the names of the paper's run, once, where there is a network
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -16,7 +17,7 @@ PROFILE = profiles/local
 BENCHMARKS = verify_speed near_duplicates full_scale
 RUN = demo$(if $(filter-out demo,$(SPEECHES)),-$(SPEECHES))
 
-.PHONY: demo plan pin test test-fast bench lint format dry-run audit report lock clean-demo
+.PHONY: demo plan pin sources test test-fast bench lint format dry-run audit report lock clean-demo
 
 demo: .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --quiet reason host
@@ -27,6 +28,9 @@ plan: .venv/pipeline.ready
 
 pin: .venv/pipeline.ready
 	@python scripts/pin_names.py
+
+sources: .venv/pipeline.ready
+	@python scripts/count_speeches.py
 
 test: .venv/dev.ready
 	pytest -q tests

@@ -35,18 +35,24 @@ def main() -> None:
     parser.add_argument("--dropped", required=True, type=Path, help="cells that were left out, with the reason")
     with stage(parser) as run:
         settings: ReadSettings = run.settings
-        rows, dropped = [], []
-        for speech in read_speeches(run.uses(run.args.raw), settings.adapter, settings.columns):
-            place = {"source": settings.source, "source_row": speech.row}
-            if fault := text_fault(speech.text):
-                dropped.append({**place, "reason": fault[0], "detail": fault[1]})
-            else:
-                rows.append({**place, "source_key": speech.key, "text": speech.text, "topic_label": speech.topic})
+        rows, dropped = read(run.uses(run.args.raw), settings)
         run.account("cells", len(rows) + len(dropped), len(rows), dropped_by_reason(dropped))
         if not rows:
             raise UserError(f"{run.args.raw}: no cell holds a text ({dict(dropped_by_reason(dropped))}); is `columns` right?")
         run.write(run.args.out, rows, "source_row")
         run.write(run.args.dropped, dropped, "dropped_row")
+
+
+def read(raw: Path, settings: ReadSettings) -> tuple[list[dict], list[dict]]:
+    """Return the cells of a raw file that hold a text, and those that do not, with the reason."""
+    rows, dropped = [], []
+    for speech in read_speeches(raw, settings.adapter, settings.columns):
+        place = {"source": settings.source, "source_row": speech.row}
+        if fault := text_fault(speech.text):
+            dropped.append({**place, "reason": fault[0], "detail": fault[1]})
+        else:
+            rows.append({**place, "source_key": speech.key, "text": speech.text, "topic_label": speech.topic})
+    return rows, dropped
 
 
 if __name__ == "__main__":

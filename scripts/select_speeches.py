@@ -57,21 +57,25 @@ def main() -> None:
     with stage(parser) as run:
         settings: SelectSettings = run.settings
         rows = [row for path in run.args.sources for row in run.read(path, "source_row")]
-        dropped: list[dict] = []
-
-        speeches = drop_personal_data([as_speech(row, settings.personal_data) for row in rows], settings, dropped)
-        speeches = drop_by_length(speeches, settings, dropped)
-        speeches = drop_exact_duplicates(speeches, dropped)
-        speeches = drop_near_duplicates(speeches, settings, dropped)
-        speeches = drop_over_limit(speeches, settings, dropped)
-        name_clusters(speeches)
-
+        speeches, dropped = select(rows, settings)
         run.account("speeches", len(rows), len(speeches), dropped_by_reason(dropped))
         run.note(masked=dict(sum((Counter(speech.get("masked", {})) for speech in speeches), Counter())))
         if not speeches:
             raise UserError(f"no speech is left of {len(rows)} rows: {dict(dropped_by_reason(dropped))}; see `speeches` in the config")
         run.write(run.args.out, speeches, "unique_speech", sort_by="speech_id")
         run.write(run.args.dropped, dropped, "dropped_row", sort_by=lambda row: (row["source"], row["source_row"]))
+
+
+def select(rows: list[dict], settings: SelectSettings) -> tuple[list[dict], list[dict]]:
+    """Return the speeches that are kept of the sources' rows, and those left out with their reason."""
+    dropped: list[dict] = []
+    speeches = drop_personal_data([as_speech(row, settings.personal_data) for row in rows], settings, dropped)
+    speeches = drop_by_length(speeches, settings, dropped)
+    speeches = drop_exact_duplicates(speeches, dropped)
+    speeches = drop_near_duplicates(speeches, settings, dropped)
+    speeches = drop_over_limit(speeches, settings, dropped)
+    name_clusters(speeches)
+    return speeches, dropped
 
 
 def as_speech(row: dict, personal_data: str) -> dict:
