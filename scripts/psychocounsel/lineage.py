@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import orjson
@@ -220,7 +221,7 @@ class Lineage:
     def __init__(self, flow: Workflow, everything: bool) -> None:
         self.flow, self.most = flow, None if everything else FEW
         self.files: dict[str, list[tuple[int, dict]]] = {}
-        self.indexes: dict[tuple[str, str], dict[str, list[tuple[int, dict]]]] = {}  # (file, field) -> value -> rows
+        self.indexes: dict[tuple[str, str], dict[str, list[tuple[int, int]]]] = {}  # (file, field) -> value -> line, byte of its start
         self.above: dict[tuple[str, str], list[str]] = {}  # (file, kind) -> its inputs of this kind
         self.raws: dict[str, tuple[dict[int, int], set]] = {}  # raw file -> line of each row, texts by row
 
@@ -270,23 +271,29 @@ class Lineage:
         return found
 
     def rows(self, path: str) -> list[tuple[int, dict]]:
-        """Return (line, record) of a file of records."""
+        """Return (line, record) of a file of records that is read whole, and kept."""
         if path not in self.files:
-            try:
-                self.files[path] = list(iter_json_lines(Path(path)))
-            except FileNotFoundError:
-                raise UserError(f"{path}: no such file, though a record names it; `audit.py verify` tells what else is wrong") from None
+            self.files[path] = list(lines(path))
         return self.files[path]
 
     def find(self, paths: list[str], key: str, value: str) -> list[tuple[str, int, dict]]:
-        """Return (file, line, record) wherever a field has a value."""
+        """Return (file, line, record) wherever a field has a value; the files' other records are not kept in memory."""
         found = []
         for path in paths:
             if (path, key) not in self.indexes:
-                index = self.indexes[path, key] = defaultdict(list)
-                for line, row in self.rows(path):
-                    index[str(row[key])].append((line, row))
-            found += [(path, line, row) for line, row in self.indexes[path, key].get(str(value), [])]
+                self.indexes[path, key] = self.index(path, key)
+            for line, start in self.indexes[path, key].get(str(value), []):
+                with open(path, "rb") as file:
+                    file.seek(start)
+                    found.append((path, line, orjson.loads(file.readline())))
+        return found
+
+    def index(self, path: str, key: str) -> dict[str, list[tuple[int, int]]]:
+        """Return value of a field -> the lines that have it, each with the byte at which it begins."""
+        found = defaultdict(list)
+        starts = line_starts(path)
+        for line, row in lines(path):
+            found[str(row[key])].append((line, starts[line - 1]))
         return found
 
     @cached_property
@@ -666,6 +673,22 @@ class Lineage:
         lines, texts = self.raws[raw]
         row = found["source_row"]
         return Node(f"row {row} of the raw file", raw, lines.get(row), agrees=(row, found["text"]) in texts)
+
+
+def lines(path: str) -> Iterator[tuple[int, dict]]:
+    """Yield (line, record) of a file of records."""
+    try:
+        yield from iter_json_lines(Path(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, though a record names it; `audit.py verify` tells what else is wrong") from None
+
+
+def line_starts(path: str) -> list[int]:
+    """Return the byte at which each line of a file begins, and its size; nothing of a file that is not there."""
+    if not Path(path).is_file():
+        return []
+    with open(path, "rb") as file:
+        return list(accumulate(map(len, file), initial=0))
 
 
 def parsed(parse: Callable, answer: dict) -> object:
