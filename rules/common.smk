@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 from psychocounsel.config import about_unpinned, load_study
 from psychocounsel.errors import UserError
 from psychocounsel.presentation import Presentation
+from psychocounsel.site import requested_gpus
 from psychocounsel.slices import Slices
 from psychocounsel.workflow import Workflow as StudyWorkflow  # these names live in Snakemake's own module, which has a Workflow
 from psychocounsel.workflow import code
@@ -75,6 +76,12 @@ def checkpoints_folder(wildcards, output):
 def weights_option(wildcards, input):
     """--weights for a model with local weights; a model of the Hub or behind an API has none."""
     return f"--weights {input.weights}" if input.weights else ""
+
+
+def gpus_option(wildcards, input, resources):
+    """--gpus for a model that the job serves on the GPUs that it is given, however the site asks for them."""
+    gpus = requested_gpus(resources)
+    return f"--gpus {gpus}" if gpus else ""
 
 
 def recorded_option(wildcards, input):

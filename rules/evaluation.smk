@@ -21,6 +21,7 @@ rule answer_opponent:
         settings=slices.answer_opponent,
         code=code("generate_responses"),
         endpoints=endpoints_file,
+        gpus=gpus_option,
         prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/answers/opponent.jsonl"),
@@ -28,7 +29,7 @@ rule answer_opponent:
         "The opponent answers the test speeches"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} --split test {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
 
 
@@ -53,6 +54,7 @@ rule answer_speeches:
         settings=slices.answer_speeches,
         code=code("generate_responses"),
         endpoints=endpoints_file,
+        gpus=gpus_option,
         prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/answers/{policy}.jsonl"),
@@ -60,7 +62,7 @@ rule answer_speeches:
         "{wildcards.policy} answers the test speeches in both settings"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} --split test {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal} --length-of {input.opponent}"
+        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal} --length-of {input.opponent}"
         " --out {output.free} --out-length {output.length} --failed {output.failed} 2> {log}"
 
 
@@ -86,6 +88,7 @@ rule judge_answers:
         settings=slices.judge_answers,
         code=code("judge_answers"),
         endpoints=endpoints_file,
+        gpus=gpus_option,
         prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/judgements/{policy}.{setting}.jsonl"),
@@ -93,7 +96,7 @@ rule judge_answers:
         "Judge {wildcards.policy} against the opponent, setting {wildcards.setting}, both orders"
     shell:
         "python scripts/judge_answers.py --speeches {input.speeches} --answers {input.answers} --opponent {input.opponent} {params.weights}"
-        " --settings {params.settings:q} --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
+        " --settings {params.settings:q} --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
 
 
@@ -179,6 +182,7 @@ rule answer_checkpoint:
         settings=slices.answer_checkpoint,
         code=code("generate_responses"),
         endpoints=endpoints_file,
+        gpus=gpus_option,
         prices=price_files,
         weights=flow.checkpoint_weights,
         journal=flow.work("journal/answers/{policy}.checkpoint-{checkpoint}.jsonl"),
@@ -186,7 +190,7 @@ rule answer_checkpoint:
         "Checkpoint {wildcards.checkpoint} of {wildcards.policy} answers"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
 
 
@@ -205,6 +209,7 @@ use rule judge_answers as judge_checkpoint with:
         settings=slices.judge_checkpoint,
         code=code("judge_answers"),
         endpoints=endpoints_file,
+        gpus=gpus_option,
         prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/judgements/{policy}.checkpoint-{checkpoint}.jsonl"),

@@ -42,6 +42,7 @@ rule sample_responses:
         settings=slices.sample_responses,
         code=code("generate_responses"),
         endpoints=endpoints_file,
+        gpus=gpus_option,
         prices=price_files,
         weights=flow.sampling_weights,
         journal=flow.work("journal/samples/{policy}.{iteration}.jsonl"),
@@ -49,7 +50,7 @@ rule sample_responses:
         "Sample answers of {wildcards.policy}, iteration {wildcards.iteration}"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
         " --out {output.samples} --failed {output.failed} 2> {log}"
 
 

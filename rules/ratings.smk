@@ -22,6 +22,7 @@ rule rate_responses:
         settings=slices.rate_responses,
         code=code("rate_responses"),
         endpoints=endpoints_file,
+        gpus=gpus_option,
         prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/ratings.jsonl"),
@@ -29,7 +30,7 @@ rule rate_responses:
         "Rate the responses on the seven principles"
     shell:
         "python scripts/rate_responses.py --speeches {input.speeches} --responses {input.responses} {params.weights}"
-        " --settings {params.settings:q} --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
+        " --settings {params.settings:q} --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
 
 

@@ -42,6 +42,7 @@ rule generate_responses:
         settings=slices.generate_responses,
         code=code("generate_responses"),
         endpoints=endpoints_file,
+        gpus=gpus_option,
         prices=price_files,
         weights=weights_option,
         recorded=recorded_option,
@@ -51,5 +52,5 @@ rule generate_responses:
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} --assignment {input.assignment}"
         " {params.weights} {params.recorded} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
         " --out {output.responses} --failed {output.failed} 2> {log}"

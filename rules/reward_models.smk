@@ -90,6 +90,7 @@ rule rank_pairs:
         settings=slices.rank_pairs,
         code=code("rank_pairs"),
         endpoints=endpoints_file,
+        gpus=gpus_option,
         prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/rankings/{ranker}.jsonl"),
@@ -97,7 +98,7 @@ rule rank_pairs:
         "{wildcards.ranker} ranks the test pairs in both orders"
     shell:
         "python scripts/rank_pairs.py --pairs {input.pairs} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
         " --out {output.rankings} --failed {output.failed} 2> {log}"
 
 

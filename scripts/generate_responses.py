@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 from pydantic import Field
 
-from psychocounsel.asking import add_price_arguments, write_failures
+from psychocounsel.asking import add_endpoint_arguments, write_failures
 from psychocounsel.chat import ChatAnswer, ChatFailure, ChatRequest, Lazy, complete
 from psychocounsel.errors import UserError
 from psychocounsel.models import ModelSpec, Part, chat_messages
@@ -55,13 +55,11 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", help="manifest.json of local weights of the model; without it the model is found by its id")
     source.add_argument("--recorded", help="file of recorded answers: nothing is asked")
-    parser.add_argument("--endpoints", required=True, help="file of addresses and rate limits (config/endpoints.yaml)")
-    parser.add_argument("--journal", required=True, help="file that keeps every answer at once: after a crash nothing is asked twice")
     parser.add_argument("--length-of", help="responses whose word counts the answers under the length constraint are to have")
     parser.add_argument("--out", required=True, help="the answers")
     parser.add_argument("--out-length", help="the answers under the length constraint; with --length-of")
     parser.add_argument("--failed", required=True, help="requests without an answer, with the reason")
-    add_price_arguments(parser)
+    add_endpoint_arguments(parser)
     with stage(parser) as run:
         check_arguments(run)
         speeches = chosen_speeches(run)
@@ -147,6 +145,7 @@ def asked_answers(run: Stage, requests: Collection[ChatRequest]) -> tuple[Collec
         endpoints=run.args.endpoints,
         journal=run.args.journal,
         weights=run.args.weights,
+        gpus=run.args.gpus,
         check=require_text,
         attempts=run.settings.attempts,
         max_failed_share=run.settings.max_failed_share,

@@ -33,14 +33,15 @@ class Principle(Part):
 def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every program that asks a model."""
     parser.add_argument("--weights", help="manifest.json of local weights of the model; without it the model is found by its id")
-    parser.add_argument("--endpoints", required=True, help="file of addresses and rate limits (config/endpoints.yaml)")
-    parser.add_argument("--journal", required=True, help="file that keeps every answer at once: after a crash nothing is asked twice")
     parser.add_argument("--failed", required=True, help="requests without a usable answer, with the reason")
-    add_price_arguments(parser)
+    add_endpoint_arguments(parser)
 
 
-def add_price_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every program that asks a model knows of money."""
+def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every program that asks a model knows of the way to it, and of money."""
+    parser.add_argument("--endpoints", required=True, help="file of addresses and rate limits (config/endpoints.yaml)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs over which vLLM spreads a model that it serves (default 1)")
+    parser.add_argument("--journal", required=True, help="file that keeps every answer at once: after a crash nothing is asked twice")
     parser.add_argument("--prices", nargs="+", default=[], metavar="FILE", help="registry of models with list prices (config/models.yaml)")
     parser.add_argument("--plan", action="store_true", help="ask and write nothing: print requests left after the journal, tokens and cost")
 
@@ -58,6 +59,7 @@ def ask(
         endpoints=args.endpoints,
         journal=args.journal,
         weights=args.weights,
+        gpus=args.gpus,
         response_schema=response_schema,
         check=check,
         attempts=settings.attempts,

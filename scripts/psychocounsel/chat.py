@@ -12,10 +12,8 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from psychocounsel.batch import Calls, ask_in_batches, batches_of, refuse_under_way
@@ -26,7 +24,7 @@ from psychocounsel.line import Call, Line, PassingFault, RefusedRequest, charact
 from psychocounsel.models import ModelSpec
 from psychocounsel.pricing import cost, expected_cost, expected_tokens, read_price, usages
 from psychocounsel.records import canonical_json, content_hash, file_sha256
-from psychocounsel.serving import name_at_server, served, transformers_options
+from psychocounsel.serving import name_at_server, transformers_options, while_served
 
 log = logging.getLogger("psychocounsel")
 
@@ -93,6 +91,7 @@ def complete(
     endpoints: Path | str,
     journal: Path | str,
     weights: Path | str | None = None,
+    gpus: int = 1,
     response_schema: dict | None = None,
     check: Callable[[ChatRequest, str], object] = accept_any,
     attempts: int = 3,
@@ -105,9 +104,10 @@ def complete(
     The requests are walked through twice, and may be built on the way (`Lazy`); the answers are read from the journal each time they are
     walked through. So memory holds the ids, and some 200 bytes a request, whatever the length of texts.
 
-    `weights` is the manifest of local weights, `check` raises ValueError(reason) where a text is unusable, `response_schema` holds for
-    requests without one of their own. Equal requests are asked once. The totals' tokens and their cost by the list price in `prices`
-    (the models' registry) are those of all attempts, journalled or not. With `plan` nothing is asked, and the program ends here.
+    `weights` is the manifest of local weights, `gpus` over how many GPUs vLLM spreads a model that it serves, `check` raises
+    ValueError(reason) where a text is unusable, `response_schema` holds for requests without one of their own. Equal requests are
+    asked once. The totals' tokens and their cost by the list price in `prices` (the models' registry) are those of all attempts,
+    journalled or not. With `plan` nothing is asked, and the program ends here.
     """
     endpoint, price = read_endpoint(Path(endpoints), spec.endpoint), read_price(prices, spec.name)
     identity = model_identity(spec, endpoint, Path(weights) if weights else None)
@@ -133,7 +133,7 @@ def complete(
             totals["from_journal"] = sum(key in kept for key in kept.answers)
             log.info("%s: %d requests, %d answered in the journal", spec.name, len(kept.answers), totals["from_journal"])
             folder = Path(weights).parent if weights else None
-            ask_all(spec, endpoint, folder, lambda: map(call, unanswered(requests, keys, kept)), kept, attempts)
+            ask_all(spec, endpoint, folder, gpus, lambda: map(call, unanswered(requests, keys, kept)), kept, attempts)
         answered, outcome = kept, kept.outcome
         totals |= kept.spent
 
@@ -192,7 +192,7 @@ def planned(spec: ModelSpec, endpoint: Endpoint, calls: Iterable[Call], journal:
 def model_identity(spec: ModelSpec, endpoint: Endpoint, weights: Path | None) -> dict:
     """Return what of the model determines its answers; local weights stand for themselves, whatever the model is called."""
     who = {"weights": file_sha256(weights)} if weights else {"id": spec.id, "revision": spec.revision}
-    loaded = spec.serve.model_dump(exclude={"tensor_parallel"}) if endpoint.kind == "serve" and spec.serve else None
+    loaded = spec.serve.model_dump(exclude_none=True) if endpoint.kind == "serve" and spec.serve else None
     return {"kind": "openai" if endpoint.remote else endpoint.kind, **who, "serve": loaded}
 
 
@@ -235,23 +235,24 @@ def common_body(spec: ModelSpec, endpoint: Endpoint, folder: Path | None) -> dic
 # Asking -------------------------------------------------------------------------------------------------------------------------------
 
 
-def ask_all(spec: ModelSpec, endpoint: Endpoint, folder: Path | None, left: Calls, kept: Journal, attempts: int) -> None:
+def ask_all(spec: ModelSpec, endpoint: Endpoint, folder: Path | None, gpus: int, left: Calls, kept: Journal, attempts: int) -> None:
     """Ask every call that is left and journal each outcome as it comes; without calls no server is started."""
-    calls = iter(left())
-    if (first := next(calls, None)) is None:
+    if next(iter(left()), None) is None:
         return
     api_key, common = endpoint.api_key(), common_body(spec, endpoint, folder)
     if endpoint.kind == "batch":
         ask_in_batches(endpoint, api_key, common, left, kept, attempts)
         return
     refuse_under_way(left, kept.path)
+    ask = partial(ask_until_usable, attempts=attempts, with_seed=endpoint.server != "transformers")
+
+    def send(base_url: str) -> None:
+        asyncio.run(send_all(endpoint, base_url, api_key, common, left(), ask, kept.add))
+
     if endpoint.kind == "serve":
-        server = served(spec, endpoint, folder, kept.path.with_name(kept.path.name + ".server.log"))
+        while_served(spec, endpoint, folder, gpus, kept.path.with_name(kept.path.name + ".server.log"), send)
     else:
-        server = nullcontext(endpoint.base_url)
-    with server as base_url:
-        ask = partial(ask_until_usable, attempts=attempts, with_seed=endpoint.server != "transformers")
-        asyncio.run(send_all(endpoint, base_url, api_key, common, chain([first], calls), ask, kept.add))
+        send(endpoint.base_url)
 
 
 async def ask_until_usable(line: Line, call: Call, attempts: int, with_seed: bool) -> dict:

@@ -71,8 +71,13 @@ class Study:
         self.policies = {entry["name"]: entry for entry in config["policies"]}
 
     def prompt(self, name: str) -> str:
-        """Return a prompt template's text without its comments, which reach no model: a comment edited reruns nothing."""
-        return re.sub(r"\{#.*?#\}\s*", "", self.prompt_path(name).read_text(encoding="utf-8"), flags=re.DOTALL)
+        """Return a prompt template's text without its comments."""
+        return self.template(self.prompt_path(name))
+
+    @staticmethod
+    def template(path: Path) -> str:
+        """Return a Jinja template's text without its comments, which reach no model: a comment edited reruns nothing."""
+        return re.sub(r"\{#.*?#\}\s*", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
 
     def prompt_path(self, name: str) -> Path:
         """Return where a prompt template lies."""
@@ -259,6 +264,10 @@ def reference_errors(study: Study) -> Iterator[str]:
                 f"{locate((name, 'recorded', 'source'), models_files)}: models.{name}.recorded.source: "
                 f"no source of answers {source!r}.{nearest(source, of_kind['answers'])}"
             )
+        template = model.get("serve", {}).get("chat_template")
+        if template and not Path(template).is_file():
+            line = locate((name, "serve", "chat_template"), models_files)
+            yield f"{line}: models.{name}.serve.chat_template: no file {template!r}."
 
     yield from unknown_each(("sources",), config["sources"], "source of speeches", of_kind["speeches"])
     yield from unknown(("topics", "judge"), config["topics"]["judge"], "chat model", chat)

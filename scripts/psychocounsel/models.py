@@ -18,12 +18,12 @@ class Sampling(Part):
 
 
 class Serve(Part):
-    """How a served model is loaded."""
+    """How a served model is loaded; over how many GPUs is no part of it."""
 
     dtype: str = "bfloat16"
     max_model_len: int | None = None
-    tensor_parallel: int = 1
     trust_remote_code: bool = False
+    chat_template: str | None = None  # Jinja text, where the tokenizer has none
 
 
 class ModelSpec(Part):

@@ -23,6 +23,7 @@ from psychocounsel.errors import UserError
 from psychocounsel.estimates import ABOUT, AT_MOST, EXACT, expected_requests
 from psychocounsel.fingerprint import code_modules
 from psychocounsel.provenance import read_record, record_path
+from psychocounsel.site import requested_gpus
 
 CODE_VERSION = 1  # no result depends on a plan
 
@@ -139,12 +140,6 @@ def as_job(event: logging.LogRecord) -> Job:
         gpus=requested_gpus(event.resources),
         limit_s=60 * minutes if isinstance(minutes, int) else None,
     )
-
-
-def requested_gpus(resources: dict) -> int:
-    """Return the GPUs of a job, whichever way its site asks for them (site.yaml: gpu.request)."""
-    gpus = resources.get("gpu") or str(resources.get("gres") or "").rpartition(":")[2]
-    return int(gpus) if str(gpus).isdigit() else 0
 
 
 def plan(words: list[str]) -> list[Job]:

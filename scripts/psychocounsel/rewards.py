@@ -110,6 +110,8 @@ def pad_batch(sequences: list[list[int]], pad_id: int, side: str) -> tuple[torch
 def load_tokenizer(spec: ModelSpec, weights: Path | None) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer and make sure that it has a padding token, one that ends no turn where the vocabulary has one."""
     tokenizer = loaded(AutoTokenizer, spec, weights)
+    if spec.serve and spec.serve.chat_template:
+        tokenizer.chat_template = spec.serve.chat_template
     if tokenizer.chat_template is None:
         raise UserError(f"{spec.name}: the tokenizer of {weights or spec.id} has no chat template; a chat model is needed")
     if tokenizer.pad_token is None:

@@ -49,6 +49,12 @@ def partition_of(site: dict, gpus: int) -> dict:
     return site["gpu" if gpus else "cpu"]
 
 
+def requested_gpus(resources: dict) -> int:
+    """Return the GPUs of a job, whichever way its site asks for them (site.yaml: gpu.request)."""
+    gpus = resources.get("gpu") or str(resources.get("gres") or "").rpartition(":")[2]
+    return int(gpus) if str(gpus).isdigit() else 0
+
+
 def slurm_resources(site: dict, gpus: int, internet: bool) -> dict[str, str | int | None]:
     """Return how a job with so many GPUs is asked for; None leaves a resource out."""
     block = partition_of(site, gpus)

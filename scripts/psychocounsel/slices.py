@@ -45,6 +45,8 @@ class Slices:
         facts = {key: value for key, value in entry.items() if key in ModelSpec.model_fields and key != "serve"}
         if entry.get("serve"):
             facts["serve"] = {k: v for k, v in entry["serve"].items() if k != "tensor_parallel"}
+            if path := facts["serve"].get("chat_template"):
+                facts["serve"]["chat_template"] = self.study.template(Path(path))
         if is_unpinned_model(entry, self.study.endpoints):
             facts["unpinned"] = True
         return {"name": model} | facts

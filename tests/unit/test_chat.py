@@ -449,7 +449,7 @@ def test_names_and_addresses_do_not_change_the_key(tmp_path):
     request = requests(1)[0]
     assert key_of(model(name="other", endpoint="elsewhere", instruction="shown in the messages"), request) == key_of(model(), request)
     assert key_of(model(), ChatRequest("another id", request.messages, task={"kind": "rate"})) == key_of(model(), request)
-    assert key_of(model(serve={"tensor_parallel": 8}), request, "serve") == key_of(model(serve={}), request, "serve")
+    assert key_of(model(serve={"chat_template": "{{ messages }}"}), request, "serve") != key_of(model(serve={}), request, "serve")
 
 
 def test_local_weights_stand_for_themselves(tmp_path):

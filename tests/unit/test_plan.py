@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from psychocounsel import plan
 from psychocounsel.estimates import ABOUT, AT_MOST, EXACT, assignments, pairs, requests_of, speeches
-from psychocounsel.plan import Cause, Job, causes, gpu_hours, nearest, requested_gpus
+from psychocounsel.plan import Cause, Job, causes, gpu_hours, nearest
 from psychocounsel.plan_text import alike, needs, reasons, sums, table
+from psychocounsel.site import requested_gpus
 
 MISSING = "Missing output files: results/run/01/a.jsonl"
 
