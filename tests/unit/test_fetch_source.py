@@ -1,16 +1,15 @@
 """Where a raw file comes from, what is checked, and downloads that break off; the server is a real one on 127.0.0.1."""
 
 import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from tests.fakes.file_server import file_server
 from tests.fakes.hub import TOKEN, FakeHub, Repository
 
 from fetch_source import main
@@ -22,61 +21,10 @@ NEWER = bytes(reversed(range(256))) * 4000
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
-class Flaky(http.server.BaseHTTPRequestHandler):
-    """Serves the server's `body`, and misbehaves as its `plan` says: one entry a request, then as it should."""
-
-    def do_GET(self):
-        """Answer one request."""
-        server = self.server
-        act = server.plan.pop(0) if server.plan else "serve"
-        etag = server.etag and f'"{hashlib.md5(server.body).hexdigest()}"'
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        other_version = self.headers.get("If-Range", etag) != etag and act != "ignore If-Range"
-        start = 0 if act == "ignore range" or other_version else start
-        server.starts.append(start)
-        if isinstance(act, int) and act >= 400:
-            self.send_response(act)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if start >= len(server.body):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(server.body)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(server.body) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
-        if etag:
-            self.send_header("ETag", etag)
-        self.end_headers()
-        if act == "cut":
-            self.wfile.write(server.body[start : start + 300_000])
-            self.close_connection = True  # before all of the length that was announced
-        elif act == "trickle":
-            self.wfile.write(server.body[start : start + 500_000])
-            server.trickling.set()
-            server.released.wait(30)
-        else:
-            self.wfile.write(server.body[start:])
-
-    def log_message(self, *args):
-        """Say nothing."""
-
-
 @pytest.fixture
 def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky) as server:
-        server.plan, server.starts, server.body, server.etag = [], [], BODY, True
-        server.trickling, server.released = threading.Event(), threading.Event()
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with file_server(BODY) as server:
         yield server
-        server.released.set()
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -112,7 +60,7 @@ def fetch(tmp_path, monkeypatch, capsys):
 
 
 def address(server):
-    return f"address=http://127.0.0.1:{server.server_port}/file.csv"
+    return f"address={server.url}/file.csv"
 
 
 def test_order_is_cache_then_path_then_address(fetch, tmp_path, server, monkeypatch):

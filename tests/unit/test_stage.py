@@ -28,6 +28,7 @@ class CopySettings(Settings):
     """Settings."""
     keep: int = Field(description="how many rows to keep")
     fail: str | None = Field(None, description="where to fail")
+    model: dict | None = Field(None, description="a model that is asked")
 
 
 def main():
@@ -84,7 +85,7 @@ def test_outputs_are_sorted_and_recorded(program, tmp_path):
     record = json.loads((tmp_path / "out/copy.jsonl.prov.json").read_text())
     assert record["rows"] == {"rows": {"in": 3, "out": 2, "dropped": {"over": 1}}}
     assert record["identity"]["settings"] == {"keep": 2}
-    assert record["identity"]["defaults"] == {"fail": None}
+    assert record["identity"]["defaults"] == {"fail": None, "model": None}
     assert [i["path"] for i in record["identity"]["inputs"]] == ["rows.jsonl"]
     assert json.loads((tmp_path / "out/model/manifest.json").read_text())["files"].keys() == {"weights"}
     assert (tmp_path / "out/model/manifest.json.prov.json").is_file()
@@ -253,3 +254,10 @@ def test_what_is_given_and_what_is_left_out_make_the_whole(resolved, data):
     whole = {"settings": resolved}
     given_part = part(whole)
     assert joined(given_part, provenance.left_out(whole, given_part)) == whole
+
+
+@pytest.mark.parametrize("known", [{"revision": "a" * 40}, {"revision": None}, {"revision": None, "unpinned": True}])
+def test_a_record_says_of_a_model_what_it_was_and_whether_that_is_known(program, tmp_path, known):
+    model = {"name": "m", "id": "org/m", **known}
+    assert program(json.dumps({"keep": 3, "model": model})).returncode == 0
+    assert read_record(tmp_path / "out/copy.jsonl.prov.json")["run"]["model"] == model
