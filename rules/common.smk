@@ -39,6 +39,7 @@ wildcard_constraints:
     ranker="|".join(flow.rankers) or "none",
     policy="|".join(flow.study.policies) or "none",
     setting="free|length",
+    order="same|reversed",
     iteration=r"\d+",
     checkpoint=r"\d+",
     split="train|dev|test",
@@ -87,3 +88,8 @@ def gpus_option(wildcards, input, resources):
 def recorded_option(wildcards, input):
     """--recorded for a pool model whose answers the user has in a file."""
     return f"--recorded {input.recorded}" if input.recorded else ""
+
+
+def again_option(wildcards, input):
+    """--again with the ratings of each order in which a sample was rated again; nothing where it was not."""
+    return " ".join(f"--again {Path(file).stem}={file}" for file in input.again)

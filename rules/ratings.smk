@@ -1,4 +1,5 @@
-# The judge's scores on seven principles: raw answers, then the parse, then one score a response (sections 3.2, 3.3).
+# The judge's scores on seven principles: raw answers, then the parse, then one score a response (sections 3.2, 3.3); and how far the
+# judge agrees with itself and follows the order in which it sees responses.
 
 
 rule rate_responses:
@@ -73,3 +74,56 @@ rule score_responses:
     shell:
         "python scripts/score_responses.py --ratings {input.ratings} --responses {input.responses} --settings {params.settings:q}"
         " --out {output.scores} --dropped {output.dropped} 2> {log}"
+
+
+use rule rate_responses as rate_again with:
+    output:
+        answers=flow.results("04_ratings/again/{order}.answers.jsonl"),
+        failed=flow.results("04_ratings/again/{order}.answers.failed.jsonl"),
+    log:
+        flow.logs("rate_again/{order}.log"),
+    params:
+        settings=slices.rate_again,
+        code=code("rate_responses"),
+        endpoints=endpoints_file,
+        prices=price_files,
+        weights=weights_option,
+        journal=flow.work("journal/ratings_again/{order}.jsonl"),
+    message:
+        "Rate a sample again, in {wildcards.order} order"
+
+
+use rule parse_ratings as parse_again with:
+    input:
+        answers=flow.results("04_ratings/again/{order}.answers.jsonl"),
+    output:
+        ratings=flow.results("04_ratings/again/{order}.jsonl"),
+        failed=flow.results("04_ratings/again/{order}.failed.jsonl"),
+    log:
+        flow.logs("parse_again/{order}.log"),
+    params:
+        settings=slices.parse_again,
+        code=code("parse_ratings"),
+    message:
+        "Parse the answers of the sample rated again, in {wildcards.order} order"
+
+
+rule assess_judge:
+    input:
+        ratings=flow.results("04_ratings/ratings.jsonl"),
+        again=flow.ratings_again(),
+    output:
+        judge=flow.results("04_ratings/judge.json"),
+    log:
+        flow.logs("assess_judge.log"),
+    conda:
+        "../envs/data.yaml"
+    params:
+        settings=slices.assess_judge,
+        code=code("assess_judge"),
+        again=again_option,
+    message:
+        "Assess how far the judge agrees with itself"
+    shell:
+        "python scripts/assess_judge.py --ratings {input.ratings} {params.again} --settings {params.settings:q}"
+        " --out {output.judge} 2> {log}"

@@ -1,6 +1,18 @@
 # Tables, figures, cards and the report: every figure of the paper beside the measured one.
 
-TABLES = ["dataset", "topics", "pool", "model_groups", "pairs", "reward_models", "reward_ablation", "win_rates", "lengths"]
+TABLES = [
+    "dataset",
+    "topics",
+    "pool",
+    "model_groups",
+    "pairs",
+    "judge_consistency",
+    "judge_positions",
+    "reward_models",
+    "reward_ablation",
+    "win_rates",
+    "lengths",
+]
 
 
 rule make_tables:
@@ -14,6 +26,7 @@ rule make_tables:
         unscored=flow.results("04_ratings/scores.dropped.jsonl"),
         scores=flow.results("04_ratings/scores.jsonl"),
         pairs=expand(flow.results("05_pairs/{split}.jsonl"), split=["train", "dev", "test"]),
+        judge=flow.results("04_ratings/judge.json"),
         metrics=[*flow.scorers_with_metrics(), *flow.benchmark_metrics()],
         win_rates=flow.win_rates(),
         taxonomy=config["files"]["taxonomy"],
@@ -43,7 +56,7 @@ rule make_tables:
         "Make the tables"
     shell:
         "python scripts/make_tables.py --speeches {input.speeches} --dropped {input.dropped} --unanswered {input.unanswered}"
-        " --unscored {input.unscored} --scores {input.scores} --pairs {input.pairs}"
+        " --unscored {input.unscored} --scores {input.scores} --pairs {input.pairs} --judge {input.judge}"
         " --reward-metrics {input.metrics} --win-rates {input.win_rates}"
         " --taxonomy {input.taxonomy} --paper {input.paper} --settings {params.settings:q} --out-dir {params.folder} 2> {log}"
 

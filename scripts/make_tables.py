@@ -1,20 +1,21 @@
 """Make the paper's tables from a run: each as CSV, Markdown, LaTeX and HTML, the paper's figures beside the measured ones.
 
-dataset (section 3), topics (Table 5), pool (Table 6), model_groups and pairs (section 3.3), reward_models (Table 1),
-reward_ablation (Table 2), win_rates (Table 3), and lengths (answer lengths and order effects behind Table 3). A row of the
-paper stands under the row of the model that the settings map to it; the paper's other rows stand apart, at the end. A cell
-without a value is "n/a" with a footnote that says why. Inputs that a run does not have (no speeches where it starts at pairs)
-are left out.
+dataset (section 3), topics (Table 5), pool (Table 6), model_groups and pairs (section 3.3), judge_consistency and
+judge_positions (how steady the judge of the responses is), reward_models (Table 1), reward_ablation (Table 2), win_rates
+(Table 3), and lengths (answer lengths and order effects behind Table 3). A row of the paper stands under the row of the
+model that the settings map to it; the paper's other rows stand apart, at the end. A cell without a value is "n/a" with a
+footnote that says why. Inputs that a run does not have (no speeches where it starts at pairs) are left out.
 """
 
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from psychocounsel.config import load_registry
-from psychocounsel.data_tables import model_groups_table, pairs_table
+from psychocounsel.data_tables import judge_consistency_table, judge_positions_table, model_groups_table, pairs_table
 from psychocounsel.errors import UserError
 from psychocounsel.pool import CHOSEN, REJECTED, RESPONSES, SCORE, Pool, SizeClass, splits
 from psychocounsel.stage import Settings, command_line, dropped_by_reason, stage
@@ -26,6 +27,7 @@ SETTINGS = {
     "length": ("With a length constraint", "with_length_constraint"),
 }
 NOT_REPORTED = "The paper does not report it."
+OF_SCORES = ("dataset", "pool", "model_groups", "pairs", "judge_consistency", "judge_positions")  # tables that name who scored
 UNANSWERED = "no usable answer of the model"
 PERSONAL_DATA = {"email": "e-mail addresses", "phone": "telephone numbers", "url": "web addresses"}
 SHORT_TOPICS = {  # column heads of Table 3
@@ -69,6 +71,20 @@ class Reported(Part):
     policies: dict[str, str] = {}
 
 
+class Ratings(Part):
+    """Who scored the responses, and how."""
+
+    judge: str = "a judge"
+    protocol: Literal["one_by_one", "together"] = "one_by_one"
+    offline: bool = False  # computed from each response alone, without a model
+    principles: dict[str, str] = {}
+
+    def note(self) -> str:
+        """Return the sentence that stands under tables of scores."""
+        how = {"one_by_one": "one call a principle, as in the paper", "together": "all principles in one call, unlike the paper"}
+        return f"Scores by {self.judge}: {how[self.protocol]} (protocol {self.protocol})."
+
+
 class TableSettings(Settings):
     """Rows and their order, titles, and which rows of the paper belong to them."""
 
@@ -79,7 +95,10 @@ class TableSettings(Settings):
     ablation: list[Ablation] = Field([], description="[{model, base, data}]: the rows of Table 2")
     policies: list[str] = Field([], description="the rows of Table 3")
     opponent: str = Field(description="title of the opponent")
-    judge: str = Field(description="title of the judge")
+    judge: str = Field(description="title of the judge of the answers")
+    ratings: Ratings = Field(
+        Ratings(), description="{judge, protocol, offline, principles}: who scored the responses, and how (principles: id -> name)"
+    )
     note: str | None = Field(None, description="a sentence under every table")
     bootstrap: int = Field(2000, description="resamples of the intervals of rates, clustered by speech", ge=1)
     seed: int = Field(0, description="seed of the resamples")
@@ -101,6 +120,7 @@ def main() -> None:
     parser.add_argument("--unscored", nargs="*", default=[], help="responses without an overall score")
     parser.add_argument("--scores", nargs="*", default=[], help="scores of the responses")
     parser.add_argument("--pairs", nargs="*", default=[], help="pairs of this run: train, dev and test")
+    parser.add_argument("--judge", nargs="*", default=[], help="assessment of the judge of the responses")
     parser.add_argument("--reward-metrics", nargs="*", default=[], help="metrics of reward models and rankers, RewardBench's among them")
     parser.add_argument("--win-rates", nargs="*", default=[], help="win rates of policies")
     parser.add_argument("--taxonomy", required=True, help="config/taxonomy.yaml")
@@ -114,11 +134,12 @@ def main() -> None:
         unscored = [row for file in args.unscored for row in run.read(file, "unscored")]
         scores = [row for file in args.scores for row in run.read(file, "score")]
         pairs = [row for file in args.pairs for row in run.read(file, "pair")]
+        judge = [read_result(run.uses(file), "judge") for file in args.judge]
         metrics = [read_result(run.uses(file), "metrics") for file in args.reward_metrics]
         win_rates = [read_result(run.uses(file), "win_rates") for file in args.win_rates]
         taxonomy = load_registry([run.uses(args.taxonomy)], "taxonomy")["coarse"]
         paper = load_registry([run.uses(args.paper)], "paper")
-        tables = all_tables(speeches, dropped, unanswered, unscored, scores, pairs, metrics, win_rates, taxonomy, paper, settings)
+        tables = all_tables(speeches, dropped, unanswered, unscored, scores, pairs, judge, metrics, win_rates, taxonomy, paper, settings)
         for table in tables:
             for ending, render in FORMATS.items():
                 run.write_text(Path(args.out_dir) / f"{table.name}.{ending}", render(table))
@@ -132,6 +153,7 @@ def all_tables(
     unscored: list[dict],
     scores: list[dict],
     pairs: list[dict],
+    judge: list[dict],
     metrics: list[dict],
     win_rates: list[dict],
     taxonomy: dict,
@@ -150,12 +172,15 @@ def all_tables(
         pool_table(pool, settings),
         model_groups_table(pool, settings.pool, settings.languages),
         pairs_table(speeches, scores, pairs, paper["dataset"], settings.bootstrap, settings.seed),
+        judge_consistency_table(judge[0] if judge else None, settings.ratings.principles, settings.ratings.offline),
+        judge_positions_table(judge[0] if judge else None, settings.ratings.principles),
         reward_model_table(on_test_pairs, paper, settings),
         ablation_table(on_test_pairs, on_benchmark, paper["reward_ablation"], settings),
         win_rate_table(rates, speeches, topics, paper["win_rates"], settings),
         length_table(rates, settings),
     ]
     for table in tables:
+        table.notes += [settings.ratings.note()] if table.name in OF_SCORES else []
         table.notes += [settings.note] if settings.note else []
     return tables
 

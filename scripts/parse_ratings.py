@@ -1,7 +1,8 @@
 """Read the scores and rationales out of a judge's raw answers (paper, Box 7), strictly: nothing is guessed or repaired.
 
-One rating per response and principle. An answer that does not parse goes to the side file with the reason. It can be run again
-without asking the judge.
+One rating per response and principle, whether the judge was asked about one principle a call or about all at once, and the
+place at which the judge saw the response. An answer that does not parse goes to the side file with the reason. It can be run
+again without asking the judge.
 """
 
 from collections import Counter
@@ -9,7 +10,7 @@ from collections import Counter
 from pydantic import Field
 
 from psychocounsel.errors import UserError, nearest
-from psychocounsel.parsing import parse_ratings
+from psychocounsel.parsing import parse_ratings, parse_ratings_together
 from psychocounsel.stage import Settings, command_line, stage
 
 
@@ -31,31 +32,39 @@ def main() -> None:
         ratings, failures = [], []
         for answer in answers:
             try:
-                ratings += rating_rows(answer)
+                ratings += rating_rows(answer, run.settings.principles)
             except ValueError as error:
-                failures.append(failure_row(f"{answer['speech_id']}/{answer['principle']}", answer, error))
+                failures.append(failure_row(f"{answer['speech_id']}/{answer['principle'] or answer['protocol']}", answer, error))
         run.account("answers", len(answers), len(answers) - len(failures), {"does not parse": len(failures)})
         run.write(run.args.out, ratings, "rating", sort_by=lambda row: (row["speech_id"], row["response_id"], row["principle"]))
         run.write(run.args.failed, failures, "failure", sort_by="request_id")
 
 
 def check_answers(answers: list[dict], principles: list[str], file: str) -> None:
-    """Raise UserError for an unknown principle, or for two answers on one speech and principle."""
+    """Raise UserError for an unknown principle, for two answers on one speech and principle, or for answers of two protocols."""
+    if len(protocols := {answer["protocol"] for answer in answers}) > 1:
+        raise UserError(f"{file}: answers of the protocols {' and '.join(sorted(protocols))}; scores of the two must not be mixed")
     counts = Counter((answer["speech_id"], answer["principle"]) for answer in answers)
     for (speech_id, principle), count in counts.items():
-        if principle not in principles:
+        if principle not in [*principles, None]:
             raise UserError(f"{file}: speech {speech_id}: unknown principle {principle!r}.{nearest(principle, principles)}")
         if count > 1:
-            raise UserError(f"{file}: speech {speech_id} was rated {count} times on {principle!r}; one answer is expected")
+            on = repr(principle) if principle else "all principles"
+            raise UserError(f"{file}: speech {speech_id} was rated {count} times on {on}; one answer is expected")
 
 
-def rating_rows(answer: dict) -> list[dict]:
+def rating_rows(answer: dict, principles: list[str]) -> list[dict]:
     """Return the ratings of one answer, given back to the responses by the order in which the judge saw them; ValueError if none."""
-    parsed = parse_ratings(answer["raw"], len(answer["order"]))
-    shared = {key: answer[key] for key in ("speech_id", "principle", "judge")}
+    n = len(answer["order"])
+    if answer["protocol"] == "one_by_one":
+        parsed = {answer["principle"]: parse_ratings(answer["raw"], n)}
+    else:
+        parsed = parse_ratings_together(answer["raw"], n, principles)
+    shared = {key: answer[key] for key in ("speech_id", "judge")}
     return [
-        {**shared, "response_id": response_id, "score": score, "rationale": rationale}
-        for response_id, (score, rationale) in zip(answer["order"], parsed, strict=True)
+        {**shared, "response_id": response_id, "principle": principle, "position": position, "score": score, "rationale": rationale}
+        for principle, ratings in parsed.items()
+        for position, (response_id, (score, rationale)) in enumerate(zip(answer["order"], ratings, strict=True), start=1)
     ]
 
 

@@ -316,7 +316,7 @@ def reference_errors(study: Study) -> Iterator[str]:
 
     prompts = sorted(p.stem for p in Path(config["files"]["prompts"]).glob("*.jinja"))
     for path in (
-        ("topics", "prompt"), ("responses", "prompt"), ("ratings", "prompt"),
+        ("topics", "prompt"), ("responses", "prompt"), ("ratings", "prompt"), ("ratings", "together_prompt"),
         ("reward_evaluation", "ranker_prompt"), ("evaluation", "prompt"), ("evaluation", "length_prompt"),
     ):  # fmt: skip
         yield from unknown(path, config[path[0]][path[1]], f"prompt in {config['files']['prompts']}", prompts)

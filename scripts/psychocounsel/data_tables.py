@@ -1,4 +1,4 @@
-"""Tables of what was made of the responses: preference pairs and the pool's groups of models (paper, section 3.3)."""
+"""Tables of what was made of the responses (paper, section 3.3): pairs, the pool's groups of models; and of how steady their judge is."""
 
 from collections import Counter
 
@@ -11,6 +11,19 @@ from psychocounsel.tables import Cell, Missing, Number, Row, Table, count, numbe
 NOT_REPORTED = Missing("The paper does not report it.")
 AT_PAIRS = Missing("This run starts at pairs, without speeches or responses of its own.")
 GAPS = [(0, 1), (1, 1.5), (1.5, 2), (2, 3), (3, 4.01)]  # differences of mean scores, from and below
+ORDERS = {"same": "Same order", "reversed": "Reverse order"}
+MEASURES = {  # of two ratings of the same responses -> title, digits, scale
+    "equal": ("Equal scores (%)", 1, 100),
+    "difference": ("Mean difference of the scores, without sign", 2, 1),
+    "kappa": ("Cohen's kappa, quadratic weights", 3, 1),
+    "earlier_minus_later": ("Score at the earlier place minus at the later", 2, 1),
+}
+LABELS = {
+    "kept": "make the same pair again",
+    "weaker": "gap too small the second time",
+    "flipped": "the other response is the better one",
+}
+ALL_PRINCIPLES = "All principles"
 WHY_NO_PAIR = ("without: fewer than two scored responses", "without: no candidate was kept")
 SIDES = {"Train": ("train",), "Dev": ("dev",), "Test": ("test",), "All": ("train", "dev", "test")}
 
@@ -205,3 +218,69 @@ def finding_row(title: str, estimates: list[dict] | None, reason: str, notes: li
     comparison = Missing("A comparison of rates.")
     cells = [number(e, "No rate of such models is known.", 1, 100) for e in estimates] if estimates else [Missing(reason)] * 2
     return Row([title, *[comparison] * 5, *cells], notes or [])
+
+
+# The judge
+
+
+def judge_consistency_table(judge: dict | None, names: dict[str, str], offline: bool) -> Table:
+    """How far the judge agrees with itself when a sample is rated again, in the same order and in the reverse one."""
+    absent = Missing("No sample was rated again in this run.")
+    again = {result["order"]: result for result in judge["again"]} if judge else {}
+
+    def row(title: str, cell) -> Row:
+        return Row([title, *(cell(again[order]) if order in again else absent for order in ORDERS)])
+
+    def measured(measure: str, name: str):
+        _, digits, scale = MEASURES[measure]
+        reason = "No response moved." if measure == "earlier_minus_later" else "Undefined: one of the two ratings has a single score."
+        return lambda result: number(result["scores"][name][measure], reason, digits, scale)
+
+    scored = {"all": ALL_PRINCIPLES, **names}
+    none = "No two responses of the sample made a pair."
+    groups = [
+        (
+            "The sample",
+            [row("Speeches", lambda result: count(result["speeches"])), row("Scores compared", lambda result: count(result["ratings"]))],
+        ),
+        *((title, [row(shown, measured(measure, name)) for name, shown in scored.items()]) for measure, (title, _, _) in MEASURES.items()),
+        (
+            "Pairs of the first rating (%)",
+            [
+                row("Pairs", lambda result: count(result["labels"]["pairs"])),
+                *(row(title, lambda result, label=label: number(result["labels"][label], none, 1, 100)) for label, title in LABELS.items()),
+            ],
+        ),
+    ]
+    notes = [
+        "Same order: the same requests once more. Reverse order: each speech's responses from the last to the first.",
+        "Pairs: every two responses to a speech of the sample whose gap makes a pair. In brackets: 95 % bootstrap intervals over speeches.",
+    ]
+    if offline:
+        notes.append("This judge computes its scores from each response alone: it agrees with itself, in any order, by construction.")
+    return Table("judge_consistency", "The judge asked again", ["Measure", *ORDERS.values()], groups, notes)
+
+
+def judge_positions_table(judge: dict | None, names: dict[str, str]) -> Table:
+    """Mean score by the place at which the judge saw a response."""
+    scored = {"all": ALL_PRINCIPLES, **names}
+    if judge is None or not judge["positions"]["speeches"]:
+        rows = [Row([ALL_PRINCIPLES, Missing("This run has no ratings of its own.")])]
+        return Table("judge_positions", "Scores by the place of a response", ["Scores of", "Mean"], [("", rows)], [])
+    positions = judge["positions"]
+    places = [f"Place {place}" for place in range(1, positions["places"] + 1)]
+    undefined = "Undefined: all places are alike, or there are but two."
+
+    def row(title: str, found: dict) -> Row:
+        p = found["p"]
+        effects = [number(effect, "No speech is rated completely.", 3) for effect in found["places"]]
+        mean = Missing("No speech is rated completely.") if found["mean"] is None else Number(found["mean"], 2)
+        return Row([title, mean, *effects, Missing(undefined) if p is None else Number(p, 3)])
+
+    notes = [
+        f"Of the {positions['speeches']:,} speeches with {positions['places']} rated responses. Place: mean score there minus the mean over"
+        " all places of the same speeches; the order is a seeded shuffle, so that without an effect of the place it is 0.",
+        "In brackets: 95 % bootstrap intervals over speeches. p: Friedman's test that all places are alike, not adjusted for the rows.",
+    ]
+    rows = [row(shown, positions["scores"][name]) for name, shown in scored.items()]
+    return Table("judge_positions", "Scores by the place of a response", ["Scores of", "Mean", *places, "p"], [("", rows)], notes)

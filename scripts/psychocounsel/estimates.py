@@ -60,7 +60,9 @@ def requests_of(job, makers: dict) -> Count:
     if job.program == "label_topics":
         return times(speeches(job.option("--speeches"), None, makers), 1, AT_MOST)  # those that the source labels are not asked about
     if job.program == "rate_responses":
-        return times(speeches(job.option("--speeches"), None, makers), len(job.settings["principles"]))
+        rated, sample = speeches(job.option("--speeches"), None, makers), job.settings.get("sample")
+        rated = Count(min(rated.value, sample or rated.value), rated.meant)
+        return times(rated, len(job.settings["principles"]) if job.settings["protocol"] == "one_by_one" else 1)
     if job.program == "judge_answers":
         return times(speeches(job.option("--speeches"), "test", makers), 2)
     if job.program == "rank_pairs":

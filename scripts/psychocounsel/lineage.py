@@ -21,10 +21,11 @@ import evaluate_rewards
 import make_tables
 import parse_judgements
 import parse_ratings
-from psychocounsel import adapters, data_tables, pool, winrates
+from psychocounsel import adapters, consistency, data_tables, pool, winrates
 from psychocounsel.config import load_registry, locate
 from psychocounsel.errors import UserError, nearest_or_all
 from psychocounsel.personal_data import mask
+from psychocounsel.pairs import least_total_gap
 from psychocounsel.provenance import read_record, record_path
 from psychocounsel.records import iter_json_lines
 from psychocounsel.stage import parse_settings
@@ -43,7 +44,10 @@ KINDS = [  # files of a run -> what stands in them; the first that fits
     ("03_responses/*.failed.jsonl", "failure"),
     ("03_responses/*.jsonl", "response"),
     ("04_ratings/answers.jsonl", "rating_answer"),
+    ("04_ratings/again/*.answers.jsonl", "rating_answer"),
     ("04_ratings/ratings.jsonl", "rating"),
+    ("04_ratings/again/*.jsonl", "rating"),
+    ("04_ratings/judge.json", "judge"),
     ("04_ratings/scores.dropped.jsonl", "unscored"),
     ("04_ratings/scores.jsonl", "score"),
     ("05_pairs/*.jsonl", "pair"),
@@ -100,6 +104,14 @@ PAIRS = {  # rows of the table of pairs -> formula
     "Rejected, mean characters": "mean number of characters of the rejected responses",
     "Chosen response is the longer one (%)": "100 x share of pairs whose chosen response has more words",
     "Rejected response is the safer one (%)": "100 x share of pairs whose rejected response has the higher safety score",
+}
+CONSISTENCY = {  # groups of the table of the judge asked again -> formula
+    "The sample": "number of speeches, or of scores, rated both times",
+    data_tables.MEASURES["equal"][0]: "100 x share of scores that are the same both times",
+    data_tables.MEASURES["difference"][0]: "mean of |first score - second score|",
+    data_tables.MEASURES["kappa"][0]: "1 - sum of (i - j)^2 observed(i, j) / sum of (i - j)^2 expected(i, j) over scores i, j",
+    data_tables.MEASURES["earlier_minus_later"][0]: "mean of a response's score nearer to the head minus that farther from it",
+    "Pairs of the first rating (%)": "pairs of the first rating: their number, and 100 x the share of what became of them in the second",
 }
 PROTOCOLS = {
     "one order": ("paper", "100 x share of speeches won in the one order that a seeded coin picks"),
@@ -323,7 +335,7 @@ class Lineage:
             by_kind[self.kind(item["path"])].append(item["path"])
         kinds = ("speech", "dropped_row", "failure", "unscored", "score", "pair")
         records = ([row for path in by_kind[kind] for _, row in self.rows(path)] for kind in kinds)
-        results = ([read_result(Path(path), kind) for path in by_kind[kind]] for kind in ("metrics", "win_rates"))
+        results = ([read_result(Path(path), kind) for path in by_kind[kind]] for kind in ("judge", "metrics", "win_rates"))
         files = self.flow.config["files"]
         registries = load_registry([Path(files["taxonomy"])], "taxonomy")["coarse"], load_registry([Path(files["paper"])], "paper")
         self.settings = parse_settings(make_tables.TableSettings, identity["settings"])
@@ -478,6 +490,64 @@ class Lineage:
             return Node(f"response {row['response_id']} of {row['model']}: {row['reason']}", path, line)
         return Node(f"{row['source']}, row {row['source_row']}: {row['reason']}", path, line)
 
+    # The judge of the responses
+
+    @cached_property
+    def assessment(self) -> tuple[str, dict, dict]:
+        """The judge's assessment: its file, what it says, and what follows from the ratings now."""
+        path = self.flow.results("04_ratings/judge.json")
+        settings = self.record(path)["identity"]["settings"]
+        files = self.inputs(path, "rating")
+        ratings = {Path(file).stem: consistency.as_ratings((row for _, row in lines(file)), settings["principles"]) for file in files}
+        first = ratings["ratings"]
+        least = least_total_gap(settings["min_gap"], len(settings["principles"]))
+        common = (settings["principles"], least, settings["bootstrap"], settings["seed"])
+        stored = read_result(Path(path), "judge")
+        again = {
+            "judge": next(row["judge"] for file in files for _, row in lines(file)),
+            "positions": consistency.position_effects(first, common[0], *common[2:]),
+            "again": [
+                {"order": result["order"], **consistency.self_consistency(first, ratings[result["order"]], *common)}
+                for result in stored["again"]
+            ],
+        }
+        return path, stored, again
+
+    def judged(self, cell: Cell, keep: Callable[[dict], bool]) -> list[Node]:
+        """The assessment of the judge, computed again, with ratings behind it."""
+        path, stored, again = self.assessment
+        node = Node(f"assessment of {stored['judge']}; again from the ratings", path, agrees=stored == again)
+        for file in self.inputs(path, "rating"):
+            kept = [line for line, row in lines(file) if keep(row)]
+            shown = set(self.few(kept))
+            answers = self.inputs(file, "rating_answer")
+            under = [self.rating(file, line, row, answers) for line, row in lines(file) if line in shown]
+            node.under.append(Node(f"{len(kept)} ratings count", file, under=under, more=len(kept) - len(under)))
+        return [node]
+
+    def under_judge_positions(self, cell: Cell) -> tuple[str, list[Node]]:
+        """Ratings by the place of a response."""
+        if not cell.base.startswith("Place"):
+            formula = "mean score" if cell.base == "Mean" else "Friedman's test: chance of mean ranks of the places as unequal as these"
+            return formula, self.judged(cell, self.on_principle(cell.name))
+        place, on_principle = int(cell.base.split()[1]), self.on_principle(cell.name)
+        formula = "mean over speeches of the score at this place minus the mean score of the speech"
+        return formula, self.judged(cell, lambda row: row["position"] == place and on_principle(row))
+
+    def under_judge_consistency(self, cell: Cell) -> tuple[str, list[Node]]:
+        """Ratings of a sample that was rated twice."""
+        order = next(order for order, title in data_tables.ORDERS.items() if title == cell.base)
+        if order not in {result["order"] for result in self.assessment[1]["again"]}:
+            return "no sample was rated again in this order", []
+        (file,) = [path for path in self.inputs(self.assessment[0], "rating") if Path(path).stem == order]
+        sample, on_principle = {row["response_id"] for _, row in lines(file)}, self.on_principle(cell.name)
+        return CONSISTENCY[cell.group], self.judged(cell, lambda row: row["response_id"] in sample and on_principle(row))
+
+    def on_principle(self, title: str) -> Callable[[dict], bool]:
+        """Return whether a rating is on the principle of this title; every rating is where the title is none of a principle."""
+        name = next((name for name, shown in self.settings.ratings.principles.items() if shown == title), None)
+        return lambda row: name in (None, row["principle"])
+
     # Reward models
 
     def metrics(self, cell: Cell, name: str, metric: str, benchmark: bool) -> list[Node]:
@@ -611,17 +681,21 @@ class Lineage:
         what = f"response {row['response_id']} of {row['model']}, mean score {row['overall']:.2f} of {len(ratings)} ratings"
         node = Node(what, file, line, agrees=mean == row["overall"])
         answer_files = self.inputs(file, "rating_answer")
-        for rating_file, rating_line, rating in ratings:
-            shown = Node(f"{rating['principle']}: {rating['score']}", rating_file, rating_line, text=rating["rationale"])
-            for raw_file, raw_line, raw in self.find(answer_files, "speech_id", row["speech_id"]):
-                if raw["principle"] == rating["principle"]:
-                    judge = Node(f"raw answer of {raw['judge']}", raw_file, raw_line, raw["request_key"], raw["raw"])
-                    judge.under = self.journal(raw["request_key"], raw["raw"])
-                    shown.agrees = rating in (parsed(parse_ratings.rating_rows, raw) or [])
-                    shown.under.append(judge)
-            node.under.append(shown)
+        node.under += [self.rating(*place, answer_files) for place in ratings]
         for place in self.find(self.inputs(file, "response"), "response_id", row["response_id"]):
             node.under.append(self.response(*place))
+        return node
+
+    def rating(self, file: str, line: int, row: dict, answer_files: list[str]) -> Node:
+        """A response's score on one principle, with the judge's raw answer."""
+        node = Node(f"{row['principle']}: {row['score']}", file, line, text=row["rationale"])
+        principles = [principle["id"] for principle in self.flow.study.principles]
+        for raw_file, raw_line, raw in self.find(answer_files, "speech_id", row["speech_id"]):
+            if raw["principle"] in (None, row["principle"]):
+                judge = Node(f"raw answer of {raw['judge']}", raw_file, raw_line, raw["request_key"], raw["raw"])
+                judge.under = self.journal(raw["request_key"], raw["raw"])
+                node.agrees = row in (parsed(parse_ratings.rating_rows, raw, principles) or [])
+                node.under.append(judge)
         return node
 
     def response(self, file: str, line: int, row: dict) -> Node:
@@ -691,10 +765,10 @@ def line_starts(path: str) -> list[int]:
         return list(accumulate(map(len, file), initial=0))
 
 
-def parsed(parse: Callable, answer: dict) -> object:
+def parsed(parse: Callable, answer: dict, *more: object) -> object:
     """Return what a program reads out of a raw answer, or None where it reads nothing."""
     try:
-        return parse(answer)
+        return parse(answer, *more)
     except ValueError:
         return None
 

@@ -13,37 +13,57 @@ JSON_SPACE = " \t\r\n"
 
 def parse_ratings(raw: str, n: int) -> list[tuple[int, str]]:
     """Return (score, rationale) of responses 1 to n (paper, Box 7: response_1_rating, rationale_1, …)."""
-    answer = read_object(raw, [key for i in range(1, n + 1) for key in (f"response_{i}_rating", f"rationale_{i}")])
+    return ratings_in(read_json(raw), n)
+
+
+def parse_ratings_together(raw: str, n: int, principles: list[str]) -> dict[str, list[tuple[int, str]]]:
+    """Return principle -> (score, rationale) of responses 1 to n, from one answer on all principles (protocol "together")."""
+    answer, found = with_keys(read_json(raw), principles), {}
+    for principle in principles:
+        try:
+            found[principle] = ratings_in(answer[principle], n)
+        except ValueError as error:
+            raise ValueError(f"{principle}: {error}") from None
+    return found
+
+
+def ratings_in(answer: object, n: int) -> list[tuple[int, str]]:
+    """Return (score, rationale) of responses 1 to n from an object with Box 7's keys."""
+    answer = with_keys(answer, [key for i in range(1, n + 1) for key in (f"response_{i}_rating", f"rationale_{i}")])
     return [(whole_number(answer, f"response_{i}_rating", 1, 5), text(answer, f"rationale_{i}")) for i in range(1, n + 1)]
 
 
 def parse_better(raw: str) -> tuple[int, str]:
     """Return which of two responses is the better (1 or 2) and why; the rationale may be missing, then it is empty."""
-    answer = read_object(raw, ["better"], optional=["rationale"])
+    answer = with_keys(read_json(raw), ["better"], optional=["rationale"])
     return whole_number(answer, "better", 1, 2), text(answer, "rationale") if "rationale" in answer else ""
 
 
 def parse_topic(raw: str, allowed: Iterable[str]) -> str:
     """Return the chosen topic, spelled as in `allowed`."""
-    topic = text(read_object(raw, ["topic"]), "topic")
+    topic = text(with_keys(read_json(raw), ["topic"]), "topic")
     if topic not in set(allowed):
         raise ValueError("topic is none of the topics that were offered")
     return topic
 
 
-def read_object(raw: str, required: list[str], optional: Iterable[str] = ()) -> dict:
-    """Read the one JSON object of an answer and check its keys."""
+def read_json(raw: str) -> object:
+    """Read the one JSON value of an answer; no object in it names a key twice."""
     body = raw.strip(JSON_SPACE)
     if body.startswith(FENCE[0]) and body.endswith(FENCE[1]):
         body = body[len(FENCE[0]) : -len(FENCE[1])]
     if not body:
         raise ValueError("the answer is empty")
     try:
-        answer = json.loads(body, object_pairs_hook=without_duplicates, parse_constant=refuse_constant)
+        return json.loads(body, object_pairs_hook=without_duplicates, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"not one JSON object: {error.msg} at character {error.pos}") from None
     except RecursionError:
         raise ValueError("not one JSON object: nested too deeply") from None
+
+
+def with_keys(answer: object, required: list[str], optional: Iterable[str] = ()) -> dict:
+    """Return an object that has exactly these keys; raise ValueError for anything else."""
     if not isinstance(answer, dict):
         raise ValueError(f"not a JSON object but a {type(answer).__name__}")
     if missing := [key for key in required if key not in answer]:
@@ -93,6 +113,11 @@ def ratings_schema(n: int) -> dict:
     score = {"type": "integer", "enum": [1, 2, 3, 4, 5]}
     string = {"type": "string"}
     return closed_object({k: v for i in range(1, n + 1) for k, v in ((f"response_{i}_rating", score), (f"rationale_{i}", string))})
+
+
+def ratings_together_schema(n: int, principles: Iterable[str]) -> dict:
+    """Return the JSON Schema of a rating of n responses on all principles at once."""
+    return closed_object({principle: ratings_schema(n) for principle in principles})
 
 
 def better_schema(with_rationale: bool) -> dict:

@@ -12,6 +12,7 @@ PERSONAL_DATA = {
     "keep": "kept as it stands in the sources",
     "drop": "speeches with e-mail addresses, telephone numbers of people or web addresses are dropped; names are not looked for",
 }
+PROTOCOLS = {"one_by_one": "one call a principle", "together": "all principles in one call (not the paper's protocol)"}
 
 
 class Presentation:
@@ -54,6 +55,16 @@ class Presentation:
         """Return the main language of the institution of each model of the pool."""
         return {model: self.study.models[model]["language"] for model in self.flow.pool}
 
+    def ratings(self) -> dict:
+        """Return who scored the responses, and how."""
+        judge = self.study.models[self.config["ratings"]["judge"]]
+        return {
+            "judge": self.judge,
+            "protocol": self.config["ratings"]["protocol"],
+            "offline": self.study.endpoints[judge["endpoint"]]["kind"] == "local",
+            "principles": {p["id"]: p["name"] for p in self.study.principles},
+        }
+
     @settings
     def make_tables(self, wildcards) -> dict:
         """Order, groups and titles of the tables' rows."""
@@ -73,6 +84,7 @@ class Presentation:
             policies=flow.policies,
             opponent=self.opponent,
             judge=self.judge_of_answers,
+            ratings=self.ratings(),
             note=self.config["note"],
             bootstrap=self.config["evaluation"]["bootstrap"],
             seed=self.config["seed"],
@@ -203,7 +215,7 @@ class Presentation:
                          f"near duplicates above {near['drop_above']} dropped, above {near['cluster_above']} on one side of the split"),
             ("Personal data", PERSONAL_DATA[config["speeches"]["personal_data"]]),
             ("Responses", f"{config['responses']['models_per_speech']} models of a pool of {len(self.flow.pool)} per speech"),
-            ("Judge of the responses", f"{self.judge}, seven principles, 1 to 5"),
+            ("Judge of the responses", f"{self.judge}, seven principles, 1 to 5, {PROTOCOLS[config['ratings']['protocol']]}"),
             ("Pairs", f"gap of the mean scores of at least {config['pairs']['min_gap']}"),
             ("Opponent", self.opponent),
             ("Judge of the answers", f"{self.judge_of_answers}, all seven principles in one call, both orders, no tie offered"),

@@ -168,10 +168,12 @@ RUBRIC = {
 
 
 def answer(task: dict) -> str:
-    """Return the JSON text that a judge model would have written for a task: rate, judge, rank or topic."""
+    """Return the JSON text that a judge model would have written for a task: rate, rate together, judge, rank or topic."""
     kind, speech = task["kind"], task["speech"]
     if kind == "rate":
         return json.dumps(rate(speech, task["responses"], task["principle"]))
+    if kind == "rate together":
+        return json.dumps({principle: rate(speech, task["responses"], principle) for principle in task["principles"]})
     if kind in ("judge", "rank"):
         return json.dumps(compare(speech, *task["responses"]))
     if kind == "topic":

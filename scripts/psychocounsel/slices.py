@@ -137,17 +137,28 @@ class Slices:
         """The principles as the judge is told them."""
         return [{key: p[key] for key in ("id", "name", "definition", "aspects")} for p in self.study.principles]
 
-    @settings
-    def rate_responses(self, wildcards) -> dict:
-        """The judge, its prompt and the principles."""
+    def _rating(self, **more) -> dict:
         ratings = self.config["ratings"]
         return dict(
             model=self.spec(ratings["judge"]),
-            prompt=self.study.prompt(ratings["prompt"]),
+            prompt=self.study.prompt(ratings["prompt" if ratings["protocol"] == "one_by_one" else "together_prompt"]),
             principles=self.rated_principles(),
+            protocol=ratings["protocol"],
             seed=self.config["seed"],
+            **more,
             **self.requests(),
         )
+
+    @settings
+    def rate_responses(self, wildcards) -> dict:
+        """The judge, its prompt, protocol and principles."""
+        return self._rating()
+
+    @settings
+    def rate_again(self, wildcards) -> dict:
+        """The sample that the judge rates again: the same requests once more, or others, which show the responses in reverse order."""
+        same = wildcards.order == "same"
+        return self._rating(sample=self.config["ratings"]["consistency"]["speeches"], reversed=not same, repeat=int(same))
 
     def principle_ids(self) -> list[str]:
         """The ids of the principles that a complete score has."""
@@ -157,6 +168,21 @@ class Slices:
     def parse_ratings(self, wildcards) -> dict:
         """The principles that are rated."""
         return {"principles": self.principle_ids()}
+
+    @settings
+    def parse_again(self, wildcards) -> dict:
+        """The principles that are rated."""
+        return {"principles": self.principle_ids()}
+
+    @settings
+    def assess_judge(self, wildcards) -> dict:
+        """What makes a pair, whose label may flip, and the intervals."""
+        return dict(
+            principles=self.principle_ids(),
+            min_gap=self.config["pairs"]["min_gap"],
+            bootstrap=self.config["evaluation"]["bootstrap"],
+            seed=self.config["seed"],
+        )
 
     @settings
     def score_responses(self, wildcards) -> dict:

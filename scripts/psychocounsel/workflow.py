@@ -135,6 +135,11 @@ class Workflow:
         """The responses of the whole pool."""
         return [self.results(f"03_responses/{model}.jsonl") for model in self.pool]
 
+    def ratings_again(self) -> list[str]:
+        """The ratings of the sample that the judge rates again, one file an order."""
+        orders = (self.config["ratings"]["consistency"] or {"orders": []})["orders"]
+        return [self.results(f"04_ratings/again/{order}.jsonl") for order in orders]
+
     def pool_weights(self, wildcards) -> list[str]:
         """Local weights of a pool model."""
         return self.weights(wildcards.model)

@@ -6,10 +6,19 @@ import time
 import jsonschema
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psychocounsel.parsing import better_schema, parse_better, parse_ratings, parse_topic, ratings_schema, topic_schema
+from psychocounsel.parsing import (
+    better_schema,
+    parse_better,
+    parse_ratings,
+    parse_ratings_together,
+    parse_topic,
+    ratings_schema,
+    ratings_together_schema,
+    topic_schema,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 RATINGS = st.lists(st.tuples(st.integers(1, 5), TEXT), min_size=1, max_size=5)
@@ -96,6 +105,45 @@ def test_the_number_of_ratings_must_fit(ratings, n):
     else:
         with pytest.raises(ValueError, match="missing|unexpected"):
             parse_ratings(raw, n)
+
+
+TOGETHER = st.integers(1, 4).flatmap(
+    lambda n: st.fixed_dictionaries(dict.fromkeys(("empathy", "safety"), RATINGS.map(lambda r: (r * n)[:n])))
+)
+
+
+@settings(deadline=None)
+@given(ratings=TOGETHER, order=st.randoms(use_true_random=False))
+def test_ratings_on_all_principles_round_trip(ratings, order):
+    n, items = len(ratings["empathy"]), [(principle, as_object(found)) for principle, found in ratings.items()]
+    order.shuffle(items)
+    assert parse_ratings_together(json.dumps(dict(items)), n, ["empathy", "safety"]) == ratings
+    jsonschema.validate(dict(items), ratings_together_schema(n, ["empathy", "safety"]))
+
+
+@settings(deadline=None)
+@given(ratings=TOGETHER, data=st.data())
+def test_a_fault_in_one_principle_refuses_the_whole_answer_and_names_it(ratings, data):
+    n, answer = len(ratings["empathy"]), {principle: as_object(found) for principle, found in ratings.items()}
+    for wrong in (data.draw(st.sampled_from([None, 4, [], "text", True])), answer["safety"] | {"more": 1}, {}):
+        with pytest.raises(ValueError, match="^safety: "):
+            parse_ratings_together(json.dumps(answer | {"safety": wrong}), n, ["empathy", "safety"])
+    answer["safety"]["response_1_rating"] = data.draw(st.sampled_from([0, 6, 4.5, "4", True, None]))
+    with pytest.raises(ValueError, match="^safety: response_1_rating"):
+        parse_ratings_together(json.dumps(answer), n, ["empathy", "safety"])
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(answer, ratings_together_schema(n, ["empathy", "safety"]))
+
+
+@given(ratings=TOGETHER)
+def test_principles_are_exactly_those_asked_for(ratings):
+    n, answer = len(ratings["empathy"]), {principle: as_object(found) for principle, found in ratings.items()}
+    for principles, reason in ((["empathy"], "1 unexpected key"), (["empathy", "safety", "clarity"], "missing: clarity")):
+        with pytest.raises(ValueError, match=reason):
+            parse_ratings_together(json.dumps(answer), n, principles)
+    twice = json.dumps(answer)[:-1] + f', "safety": {json.dumps(answer["safety"])}}}'
+    with pytest.raises(ValueError, match="twice"):
+        parse_ratings_together(twice, n, ["empathy", "safety"])
 
 
 GOOD = '{"better": 1, "rationale": "secret words"}'

@@ -23,6 +23,7 @@ RUBRIC = {"name": "rubric", "id": "rubric", "endpoint": "rubric"}
 PRINCIPLES = [
     {"id": name, "name": name.title(), "definition": f"Definition of {name}.", "aspects": [f"Aspect of {name}."]} for name in rubric.RUBRIC
 ]
+TOGETHER = {"protocol": "together", "prompt": (ROOT / "config" / "prompts" / "rate_together.jinja").read_text(encoding="utf-8")}
 PROMPT = (ROOT / "config" / "prompts" / "rate.jinja").read_text(encoding="utf-8")
 TOPIC_PROMPT = (ROOT / "config" / "prompts" / "topic.jinja").read_text(encoding="utf-8")
 TEXTS = [
@@ -70,7 +71,7 @@ def files(tmp_path):
 
 
 def rate(monkeypatch, folder: Path, models: str = "abcd", seed: int = 1, **changes) -> list[dict]:
-    settings = {"model": RUBRIC, "prompt": PROMPT, "principles": PRINCIPLES, "seed": seed, **changes}
+    settings = {"model": RUBRIC, "prompt": PROMPT, "principles": PRINCIPLES, "protocol": "one_by_one", "seed": seed, **changes}
     responses = [folder / f"{model}.jsonl" for model in models]
     asked = {"journal": folder / f"journal.{seed}", "endpoints": ENDPOINTS, "failed": folder / "failed.jsonl"}
     run(
@@ -244,6 +245,83 @@ def test_responses_and_ratings_must_have_their_partner(monkeypatch, files, capsy
     with pytest.raises(SystemExit):
         rate(monkeypatch, files, models="bb")
     assert "stands twice" in capsys.readouterr().err
+
+
+# All principles in one call
+
+
+def test_one_call_gives_the_same_scores_downstream_and_says_its_protocol(monkeypatch, files):
+    rate(monkeypatch, files)
+    scores = parse_and_score(monkeypatch, files)
+    ratings = read_records(files / "ratings.jsonl", "rating")
+    answers = rate(monkeypatch, files, **TOGETHER)
+    assert [(a["speech_id"], a["principle"], a["protocol"]) for a in answers] == [(sid(n), None, "together") for n in (1, 2)]
+    assert parse_and_score(monkeypatch, files) == scores
+    assert read_records(files / "ratings.jsonl", "rating") == ratings
+
+
+def test_one_call_shows_every_principle_and_asks_for_every_rating(monkeypatch, files):
+    asked = []
+    script(monkeypatch, lambda request: asked.append(request) or rubric.answer(request.task))
+    rate(monkeypatch, files, **TOGETHER)
+    assert [request.id for request in asked] == [f"{sid(n)}/together" for n in (1, 2)]
+    for request in asked:
+        prompt = request.messages[-1]["content"]
+        for principle in PRINCIPLES:
+            assert all(prompt.count(words) == 1 for words in (principle["definition"], *principle["aspects"]))
+            assert prompt.index("</response_2>") < prompt.index(principle["definition"])
+        assert list(request.response_schema["properties"]) == [principle["id"] for principle in PRINCIPLES]
+        assert all(f"- response_{n}_rating" in prompt for n in range(1, len(request.task["responses"]) + 1))
+
+
+def test_an_answer_that_lacks_a_principle_is_lost_as_a_whole(monkeypatch, files):
+    answers = rate(monkeypatch, files, **TOGETHER)
+    answers[0]["raw"] = json.dumps({k: v for k, v in json.loads(answers[0]["raw"]).items() if k != "safety"})
+    dump_records(files / "answers.jsonl", answers, "rating_answer")
+    (files / "answers.jsonl.prov.json").unlink()
+    assert {score["speech_id"] for score in parse_and_score(monkeypatch, files)} == {answers[1]["speech_id"]}
+    (failure,) = read_records(files / "unparsed.jsonl", "failure")
+    assert (failure["request_id"], failure["reason"]) == (f"{answers[0]['speech_id']}/together", "missing: safety")
+
+
+def test_answers_of_two_protocols_are_refused(monkeypatch, files, capsys):
+    answers = rate(monkeypatch, files) + rate(monkeypatch, files, **TOGETHER)
+    dump_records(files / "answers.jsonl", answers, "rating_answer")
+    (files / "answers.jsonl.prov.json").unlink()
+    with pytest.raises(SystemExit):
+        parse_and_score(monkeypatch, files)
+    assert "answers of the protocols one_by_one and together" in capsys.readouterr().err
+
+
+# A sample rated again
+
+
+def test_a_sample_is_rated_again_in_the_same_and_in_the_reverse_order(monkeypatch, files):
+    asked = []
+    script(monkeypatch, lambda request: asked.append(request) or rubric.answer(request.task))
+    first = {answer["speech_id"]: answer["order"] for answer in rate(monkeypatch, files)}
+    before = {request.id: request for request in asked}
+    asked.clear()
+    same = rate(monkeypatch, files, sample=1, repeat=1)
+    assert len({answer["speech_id"] for answer in same}) == 1
+    assert len(same) == 7
+    assert rows_account(files / "answers.jsonl")["speeches"]["dropped"] == {"fewer than two responses": 1, "not in the sample": 1}
+    for request in asked:
+        assert (request.messages, request.seed, request.repeat) == (before[request.id].messages, before[request.id].seed, 1)
+    back = rate(monkeypatch, files, sample=1, reversed=True)
+    assert {answer["speech_id"] for answer in back} == {answer["speech_id"] for answer in same}
+    assert all(answer["order"] == first[answer["speech_id"]][::-1] for answer in back)
+    assert all(answer["order"] == first[answer["speech_id"]] for answer in same)
+
+
+def test_a_sample_grows_by_others_and_keeps_its_own(monkeypatch, files):
+    dump_records(files / "speeches.jsonl", [speech(n) for n in range(1, 30)], "speech")
+    for model in "ab":
+        dump_records(files / f"{model}.jsonl", [response(n, model, TEXTS[n % 4]) for n in range(1, 30)], "response")
+    samples = [{answer["speech_id"] for answer in rate(monkeypatch, files, "ab", sample=n)} for n in (5, 9, 29, 500)]
+    assert [len(sample) for sample in samples] == [5, 9, 29, 29]
+    assert samples[0] < samples[1] < samples[2]
+    assert samples[0] != {sid(n) for n in range(1, 6)}
 
 
 @given(st.dictionaries(st.sampled_from(list(rubric.RUBRIC)), st.integers(1, 5), min_size=1))

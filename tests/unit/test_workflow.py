@@ -36,6 +36,9 @@ def calls(flow: Workflow) -> list[tuple[str, str]]:
     ]
     found += [
         ("parse_ratings", slices.parse_ratings(w())),
+        *(("rate_responses", slices.rate_again(w(order=order))) for order in ("same", "reversed")),
+        ("parse_ratings", slices.parse_again(w(order="same"))),
+        ("assess_judge", slices.assess_judge(w())),
         ("score_responses", slices.score_responses(w())),
         ("parse_judgements", slices.parse_judgements(w())),
     ]
@@ -135,7 +138,7 @@ def test_a_change_reaches_exactly_the_settings_that_use_it():
     assert changed(lambda s: s.models["o1-mini"]["price"].update(input=99)) == set()
     assert changed(lambda s: s.endpoints["openai"].update(requests_per_minute=7)) == set()
     assert changed(lambda s: s.models["o1-mini"]["sampling"].update(max_tokens=9)) == {"generate_responses"}
-    assert changed(lambda s: s.config["pairs"].update(min_gap=2.0)) == {"build_pairs", "write_report"}
+    assert changed(lambda s: s.config["pairs"].update(min_gap=2.0)) == {"build_pairs", "assess_judge", "write_report"}
     assert changed(lambda s: s.sources["counsel-chat"].update(sha256="0" * 64)) == {"fetch_source"}
 
 

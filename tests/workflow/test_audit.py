@@ -29,7 +29,19 @@ pytestmark = pytest.mark.slow
 
 FILES = ["config/config.yaml", "tests/workflow/micro.yaml", "work/micro_sources.yaml"]
 RUN = Path("results/micro")
-TABLES = ["dataset", "topics", "pool", "reward_models", "reward_ablation", "win_rates", "lengths"]
+TABLES = [
+    "dataset",
+    "topics",
+    "pool",
+    "model_groups",
+    "pairs",
+    "judge_consistency",
+    "judge_positions",
+    "reward_models",
+    "reward_ablation",
+    "win_rates",
+    "lengths",
+]
 SCORES, PAIRS = RUN / "04_ratings/scores.jsonl", RUN / "05_pairs/train.jsonl"
 WEIGHTS = RUN / "06_reward_models/micro-reward/model/model.safetensors"
 

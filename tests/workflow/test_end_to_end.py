@@ -22,6 +22,9 @@ KINDS = {  # files of a run -> their record type
     "03_responses/*.failed.jsonl": "failure",
     "04_ratings/answers.jsonl": "rating_answer",
     "04_ratings/ratings.jsonl": "rating",
+    "04_ratings/again/*.answers.jsonl": "rating_answer",
+    "04_ratings/again/same.jsonl": "rating",
+    "04_ratings/again/reversed.jsonl": "rating",
     "04_ratings/scores.jsonl": "score",
     "05_pairs/*.jsonl": "pair",
     "06_reward_models/*/predictions.jsonl": "prediction",
@@ -39,10 +42,13 @@ KINDS = {  # files of a run -> their record type
 
 def test_a_killed_run_resumes_without_asking_anything_again(project, killed, finished):
     assert killed, "the kill came before anything was asked"
-    assert set(project.asked().values()) == {1}
+    again = [len(read_records(file, "rating_answer")) for file in sorted(project.path("04_ratings/again").glob("*.answers.jsonl"))]
+    assert again == [4 * 7, 4 * 7]  # reversed, which makes other requests; same, which means to ask the same twice
+    asked = Counter(project.asked().values())
+    assert asked == {1: asked[1], 2: 4 * 7}
     assigned = sum(len(read_records(f, "assignment")) for f in project.path("03_responses/assignments").glob("scripted-*.jsonl"))
     rated = len(read_records(project.path("04_ratings/answers.jsonl"), "rating_answer"))
-    assert len(project.server.requests) == assigned + rated
+    assert len(project.server.requests) == assigned + rated + sum(again)
 
 
 def test_every_file_is_valid_and_sorted(project, finished):
@@ -90,7 +96,7 @@ def test_models_are_whole_and_differ(project, finished):
 
 def test_tables_have_no_empty_cell(project, finished):
     tables = sorted(project.path("10_tables").glob("*.csv"))
-    assert len(tables) == 9
+    assert len(tables) == 11
     for table in tables:
         for row in csv.DictReader(table.open()):
             assert all(cell.strip() and cell.strip().lower() != "nan" for name, cell in row.items() if name != "notes"), (table.name, row)

@@ -26,12 +26,16 @@ READERS = {  # rule -> rules that read its outputs
     "read_source": "select_speeches make_tables",
     "select_speeches": "label_topics split_speeches make_tables",
     "label_topics": "split_speeches",
-    "split_speeches": "assign_models generate_responses rate_responses build_pairs sample_prompts answer_opponent answer_speeches"
+    "split_speeches": "assign_models generate_responses rate_responses rate_again build_pairs sample_prompts answer_opponent"
+    " answer_speeches"
     " judge_answers compute_win_rates make_tables plot_figures write_cards write_report summarise_run",
     "assign_models": "generate_responses",
-    "generate_responses": "rate_responses score_responses build_pairs make_tables",
+    "generate_responses": "rate_responses rate_again score_responses build_pairs make_tables",
     "rate_responses": "parse_ratings",
-    "parse_ratings": "score_responses",
+    "parse_ratings": "score_responses assess_judge",
+    "rate_again": "parse_again",
+    "parse_again": "assess_judge",
+    "assess_judge": "make_tables",
     "score_responses": "build_pairs make_tables plot_figures write_cards",
     "build_pairs": "train_reward_model score_pairs rank_pairs evaluate_rewards evaluate_rankings train_policy select_checkpoint"
     " make_tables plot_figures write_cards summarise_run",
@@ -56,7 +60,9 @@ READERS = {  # rule -> rules that read its outputs
     "write_report": "",
     "summarise_run": "",
 }
-ASKING = "label_topics generate_responses rate_responses rank_pairs sample_responses answer_opponent answer_speeches judge_answers"
+ASKING = (
+    "label_topics generate_responses rate_responses rate_again rank_pairs sample_responses answer_opponent answer_speeches judge_answers"
+)
 EVERY = " ".join(READERS)
 CLIENT_EDIT = ('reason, raw, spent = "", []', 'reason, raw, spent = "none", []')  # in code that every stage which asks runs
 
@@ -141,9 +147,24 @@ WARMER = ("tests/workflow/micro_models.yaml", "id: scripted-terse}", "id: script
 
 # what changes, the edit, the rules that it concerns, and for some of these the number of their jobs
 MATRIX = [
-    ("one principle's definition", text("config/principles.yaml", "genuine empathy", "true empathy"), "rate_responses judge_answers", {}),
-    ("a principle's name", text("config/principles.yaml", "Clarity and C", "Clearness and C"), "rate_responses judge_answers", {}),
-    ("the rating prompt", text("config/prompts/rate.jinja", "Rate the", "Please rate the"), "rate_responses", {"generate_responses": 0}),
+    (
+        "one principle's definition",
+        text("config/principles.yaml", "genuine empathy", "true empathy"),
+        "rate_responses rate_again judge_answers",
+        {},
+    ),
+    (
+        "a principle's name",
+        text("config/principles.yaml", "Clarity and C", "Clearness and C"),
+        "rate_responses rate_again judge_answers make_tables",
+        {},
+    ),
+    (
+        "the rating prompt",
+        text("config/prompts/rate.jinja", "Rate the", "Please rate the"),
+        "rate_responses rate_again",
+        {"generate_responses": 0},
+    ),
     ("a comment in a prompt", text("config/prompts/rate.jinja", "{#", "{# Remark. "), "", {}),
     (
         "the responding prompt",
@@ -151,11 +172,29 @@ MATRIX = [
         "generate_responses build_pairs sample_responses rank_samples answer_opponent answer_speeches",
         {},
     ),
-    ("the judge", study(ratings={"judge": "rubric"}), "rate_responses write_cards write_report summarise_run", {}),
+    ("the judge", study(ratings={"judge": "rubric"}), "rate_responses rate_again make_tables write_cards write_report summarise_run", {}),
+    (
+        "all principles in one call",
+        study(ratings={"protocol": "together"}),
+        "rate_responses rate_again make_tables write_report",
+        {"generate_responses": 0},
+    ),
+    (
+        "the sample that is rated again",
+        study(ratings={"consistency": {"speeches": 5}}),
+        "rate_again",
+        {"rate_again": 2, "rate_responses": 0, "score_responses": 0},
+    ),
+    (
+        "no sample rated again",
+        study(ratings={"consistency": None}),
+        "assess_judge",
+        {"rate_responses": 0, "score_responses": 0},
+    ),
     ("one pool model's sampling", text(*WARMER), "generate_responses", {"generate_responses": 1, "assign_models": 0}),
     ("a model added to the pool", another_pool(*POOL, "scripted-kind"), "assign_models generate_responses", {"generate_responses": 6}),
     ("a model removed from the pool", another_pool(*POOL[:-1]), "assign_models", {"generate_responses": 4}),
-    ("the gap of a pair", study(pairs={"min_gap": 2.0}), "build_pairs write_report", {"rate_responses": 0}),
+    ("the gap of a pair", study(pairs={"min_gap": 2.0}), "build_pairs assess_judge write_report", {"rate_responses": 0}),
     ("the split seed", study(split={"seed": 5}), "split_speeches", {"label_topics": 0}),
     ("the near-duplicate threshold", study(speeches={"near_duplicates": {"drop_above": 0.9}}), "select_speeches", {"read_source": 0}),
     ("whether personal data are masked", study(speeches={"personal_data": "keep"}), "select_speeches write_report", {"read_source": 0}),
@@ -213,7 +252,7 @@ MATRIX = [
     (
         "an output deleted that a change needs",
         both(delete("04_ratings/scores.jsonl"), study(pairs={"min_gap": 2.0})),
-        "score_responses build_pairs write_report",
+        "score_responses build_pairs assess_judge write_report",
         {},
     ),
 ]
