@@ -77,7 +77,7 @@ class Ratings(Part):
     judge: str = "a judge"
     protocol: Literal["one_by_one", "together"] = "one_by_one"
     offline: bool = False  # computed from each response alone, without a model
-    principles: dict[str, str] = {}
+    principles: list[tuple[str, str]] = []
 
     def note(self) -> str:
         """Return the sentence that stands under tables of scores."""
@@ -97,7 +97,7 @@ class TableSettings(Settings):
     opponent: str = Field(description="title of the opponent")
     judge: str = Field(description="title of the judge of the answers")
     ratings: Ratings = Field(
-        Ratings(), description="{judge, protocol, offline, principles}: who scored the responses, and how (principles: id -> name)"
+        Ratings(), description="{judge, protocol, offline, principles}: who scored the responses, and how (principles: [[id, name], …])"
     )
     note: str | None = Field(None, description="a sentence under every table")
     bootstrap: int = Field(2000, description="resamples of the intervals of rates, clustered by speech", ge=1)
@@ -172,8 +172,8 @@ def all_tables(
         pool_table(pool, settings),
         model_groups_table(pool, settings.pool, settings.languages),
         pairs_table(speeches, scores, pairs, paper["dataset"], settings.bootstrap, settings.seed),
-        judge_consistency_table(judge[0] if judge else None, settings.ratings.principles, settings.ratings.offline),
-        judge_positions_table(judge[0] if judge else None, settings.ratings.principles),
+        judge_consistency_table(judge[0] if judge else None, dict(settings.ratings.principles), settings.ratings.offline),
+        judge_positions_table(judge[0] if judge else None, dict(settings.ratings.principles), settings.ratings.offline),
         reward_model_table(on_test_pairs, paper, settings),
         ablation_table(on_test_pairs, on_benchmark, paper["reward_ablation"], settings),
         win_rate_table(rates, speeches, topics, paper["win_rates"], settings),

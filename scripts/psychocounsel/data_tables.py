@@ -261,7 +261,7 @@ def judge_consistency_table(judge: dict | None, names: dict[str, str], offline: 
     return Table("judge_consistency", "The judge asked again", ["Measure", *ORDERS.values()], groups, notes)
 
 
-def judge_positions_table(judge: dict | None, names: dict[str, str]) -> Table:
+def judge_positions_table(judge: dict | None, names: dict[str, str], offline: bool) -> Table:
     """Mean score by the place at which the judge saw a response."""
     scored = {"all": ALL_PRINCIPLES, **names}
     if judge is None or not judge["positions"]["speeches"]:
@@ -282,5 +282,7 @@ def judge_positions_table(judge: dict | None, names: dict[str, str]) -> Table:
         " all places of the same speeches; the order is a seeded shuffle, so that without an effect of the place it is 0.",
         "In brackets: 95 % bootstrap intervals over speeches. p: Friedman's test that all places are alike, not adjusted for the rows.",
     ]
+    if offline:
+        notes.append("This judge computes its scores from each response alone: what shows here is chance.")
     rows = [row(shown, positions["scores"][name]) for name, shown in scored.items()]
     return Table("judge_positions", "Scores by the place of a response", ["Scores of", "Mean", *places, "p"], [("", rows)], notes)

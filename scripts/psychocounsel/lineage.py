@@ -24,8 +24,8 @@ import parse_ratings
 from psychocounsel import adapters, consistency, data_tables, pool, winrates
 from psychocounsel.config import load_registry, locate
 from psychocounsel.errors import UserError, nearest_or_all
-from psychocounsel.personal_data import mask
 from psychocounsel.pairs import least_total_gap
+from psychocounsel.personal_data import mask
 from psychocounsel.provenance import read_record, record_path
 from psychocounsel.records import iter_json_lines
 from psychocounsel.stage import parse_settings
@@ -513,11 +513,11 @@ class Lineage:
         }
         return path, stored, again
 
-    def judged(self, cell: Cell, keep: Callable[[dict], bool]) -> list[Node]:
-        """The assessment of the judge, computed again, with ratings behind it."""
+    def judged(self, keep: Callable[[dict], bool], *again_in: str) -> list[Node]:
+        """The assessment of the judge, computed again, with the ratings behind it: the first, and those in some order."""
         path, stored, again = self.assessment
         node = Node(f"assessment of {stored['judge']}; again from the ratings", path, agrees=stored == again)
-        for file in self.inputs(path, "rating"):
+        for file in [file for file in self.inputs(path, "rating") if Path(file).stem in ("ratings", *again_in)]:
             kept = [line for line, row in lines(file) if keep(row)]
             shown = set(self.few(kept))
             answers = self.inputs(file, "rating_answer")
@@ -529,10 +529,10 @@ class Lineage:
         """Ratings by the place of a response."""
         if not cell.base.startswith("Place"):
             formula = "mean score" if cell.base == "Mean" else "Friedman's test: chance of mean ranks of the places as unequal as these"
-            return formula, self.judged(cell, self.on_principle(cell.name))
+            return formula, self.judged(self.on_principle(cell.name))
         place, on_principle = int(cell.base.split()[1]), self.on_principle(cell.name)
         formula = "mean over speeches of the score at this place minus the mean score of the speech"
-        return formula, self.judged(cell, lambda row: row["position"] == place and on_principle(row))
+        return formula, self.judged(lambda row: row["position"] == place and on_principle(row))
 
     def under_judge_consistency(self, cell: Cell) -> tuple[str, list[Node]]:
         """Ratings of a sample that was rated twice."""
@@ -541,11 +541,11 @@ class Lineage:
             return "no sample was rated again in this order", []
         (file,) = [path for path in self.inputs(self.assessment[0], "rating") if Path(path).stem == order]
         sample, on_principle = {row["response_id"] for _, row in lines(file)}, self.on_principle(cell.name)
-        return CONSISTENCY[cell.group], self.judged(cell, lambda row: row["response_id"] in sample and on_principle(row))
+        return CONSISTENCY[cell.group], self.judged(lambda row: row["response_id"] in sample and on_principle(row), order)
 
     def on_principle(self, title: str) -> Callable[[dict], bool]:
         """Return whether a rating is on the principle of this title; every rating is where the title is none of a principle."""
-        name = next((name for name, shown in self.settings.ratings.principles.items() if shown == title), None)
+        name = next((name for name, shown in self.settings.ratings.principles if shown == title), None)
         return lambda row: name in (None, row["principle"])
 
     # Reward models

@@ -62,7 +62,7 @@ class Presentation:
             "judge": self.judge,
             "protocol": self.config["ratings"]["protocol"],
             "offline": self.study.endpoints[judge["endpoint"]]["kind"] == "local",
-            "principles": {p["id"]: p["name"] for p in self.study.principles},
+            "principles": [(p["id"], p["name"]) for p in self.study.principles],
         }
 
     @settings

@@ -191,7 +191,7 @@ def test_the_program_and_its_tables(assess):
     assert cells["Equal scores (%)", "Safety first"][1].value == pytest.approx(100 * (scores[:10] == other[:10])[..., 1].mean())
     assert isinstance(cells["Score at the earlier place minus at the later", "Empathy"][0], Missing)
     assert any("by construction" in note for note in table.notes)
-    positions = judge_positions_table(result, NAMES)
+    positions = judge_positions_table(result, NAMES, offline=True)
     assert positions.columns == ["Scores of", "Mean", "Place 1", "Place 2", "Place 3", "Place 4", "p"]
     assert [row.cells[0] for _, row in positions.rows()] == ["All principles", "Empathy", "Safety first"]
 
@@ -201,7 +201,7 @@ def test_without_a_sample_or_ratings_the_tables_say_so(assess):
     result = assess(rows(scores, places))
     cells = [row.cells[1:] for _, row in judge_consistency_table(result, NAMES, offline=False).rows()]
     assert {cell for two in cells for cell in two} == {Missing("No sample was rated again in this run.")}
-    for table in (judge_consistency_table(None, NAMES, offline=False), judge_positions_table(None, NAMES)):
+    for table in (judge_consistency_table(None, NAMES, offline=False), judge_positions_table(None, NAMES, offline=False)):
         assert all(isinstance(cell, Missing) for _, row in table.rows() for cell in row.cells[1:])
 
 
