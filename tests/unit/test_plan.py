@@ -155,8 +155,9 @@ def test_counts_come_from_the_jobs_that_make_the_inputs_and_else_from_the_files(
     (folder / "speeches").write_text("".join(json.dumps({"split": side}) + "\n" for side in ["test", "test", "train"]))
     judging = job(program="judge_answers", words={"speeches": "speeches"})
     assert requests_of(judging, {}) == (4, EXACT)  # two test speeches, both orders
-    rating = job(program="rate_responses", settings={"principles": [1, 2]}, words={"speeches": "speeches"})
-    assert requests_of(rating, {}) == (6, EXACT)
+    for more, asked in (({}, 6), ({"protocol": "together"}, 3), ({"sample": 2}, 4), ({"sample": 9}, 6)):
+        rates = {"principles": [1, 2], "protocol": "one_by_one"} | more
+        assert requests_of(job(program="rate_responses", settings=rates, words={"speeches": "speeches"}), {}) == (asked, EXACT)
 
 
 def test_gpus_are_counted_whichever_way_they_are_asked_for():
