@@ -83,6 +83,13 @@ def test_broken_yaml_names_the_line(tmp_path):
         study_of(tmp_path, f"files: {{models: [{models}]}}\n")
 
 
+def test_a_chat_template_that_is_not_there_is_named(tmp_path):
+    models = tmp_path / "models.yaml"
+    models.write_text("baichuan2-7b-chat:\n  extends: gemma-2-9b-it\n  serve:\n    chat_template: lost.jinja\n")
+    with pytest.raises(UserError, match=r"models\.yaml:4: models\.baichuan2-7b-chat\.serve\.chat_template: no file 'lost\.jinja'"):
+        study_of(tmp_path, f"files: {{models: [config/models.yaml, {models}]}}\n")
+
+
 def test_extends_inherits_deeply_and_refuses_circles(tmp_path):
     models = {"a": {"x": {"p": 1, "q": 2}, "y": 0}, "b": {"extends": "a", "x": {"q": 3}}, "c": {"extends": "b", "y": 5}}
     before = copy.deepcopy(models)
