@@ -8,13 +8,25 @@ configfile: "config/config.yaml"
 include: "rules/common.smk"
 include: "rules/models.smk"
 include: "rules/sources.smk"
+
+
+if flow.starts_at_pairs:
+
+    include: "rules/given_pairs.smk"
+
+else:
+
+    include: "rules/selection.smk"
+    include: "rules/responses.smk"
+    include: "rules/ratings.smk"
+    include: "rules/pairs.smk"
+
+
 include: "rules/speeches.smk"
-include: "rules/responses.smk"
-include: "rules/ratings.smk"
-include: "rules/pairs.smk"
 include: "rules/reward_models.smk"
 include: "rules/policies.smk"
 include: "rules/evaluation.smk"
+include: "rules/release.smk"
 include: "rules/report.smk"
 include: "rules/site.smk"
 
@@ -22,7 +34,8 @@ include: "rules/site.smk"
 rule all:
     default_target: True
     input:
-        rules.build_pairs.output,
+        flow.pairs(),
+        rules.write_release.output,
         [flow.reward_model(name) for name in flow.reward_models],
         [flow.policy(name) for name in flow.trained_policies],
         rules.make_tables.output,
@@ -35,5 +48,6 @@ rule all:
 
 rule dataset:
     input:
-        rules.build_pairs.output,
+        flow.pairs(),
+        rules.write_release.output,
     localrule: True

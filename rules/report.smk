@@ -18,15 +18,12 @@ TABLES = [
 rule make_tables:
     input:
         speeches=flow.results("02_speeches/speeches.jsonl"),
-        dropped=[
-            *expand(flow.results("01_sources/{source}.dropped.jsonl"), source=flow.speech_sources),
-            flow.results("02_speeches/dropped.jsonl"),
-        ],
-        unanswered=expand(flow.results("03_responses/{model}.failed.jsonl"), model=flow.pool),
-        unscored=flow.results("04_ratings/scores.dropped.jsonl"),
+        dropped=flow.dropped_rows(),
+        unanswered=flow.unanswered(),
+        unscored=flow.unscored(),
         scores=flow.results("04_ratings/scores.jsonl"),
         pairs=expand(flow.results("05_pairs/{split}.jsonl"), split=["train", "dev", "test"]),
-        judge=flow.results("04_ratings/judge.json"),
+        judge=flow.judge_assessment(),
         metrics=[*flow.scorers_with_metrics(), *flow.benchmark_metrics()],
         win_rates=flow.win_rates(),
         taxonomy=config["files"]["taxonomy"],
@@ -101,16 +98,11 @@ rule plot_figures:
 
 rule write_cards:
     input:
-        speeches=flow.results("02_speeches/speeches.jsonl"),
-        scores=flow.results("04_ratings/scores.jsonl"),
-        pairs=expand(flow.results("05_pairs/{split}.jsonl"), split=["train", "dev", "test"]),
         metrics=flow.scorers_with_metrics(),
         win_rates=flow.win_rates(),
-        taxonomy=config["files"]["taxonomy"],
-        templates=expand("report/{name}.md.jinja", name=["dataset_card", "model_card"]),
+        template="report/model_card.md.jinja",
         ethics="report/ethics.md.jinja",
     output:
-        dataset=flow.results("12_cards/dataset.md"),
         models=expand(flow.results("12_cards/{name}.md"), name=pages.carded_models()),
     log:
         flow.logs("write_cards.log"),
@@ -121,10 +113,9 @@ rule write_cards:
         code=code("write_cards"),
         folder=output_folder,
     message:
-        "Write the cards of the data set and the models"
+        "Write the cards of the models"
     shell:
-        "python scripts/write_cards.py --speeches {input.speeches} --scores {input.scores} --pairs {input.pairs}"
-        " --reward-metrics {input.metrics} --win-rates {input.win_rates} --taxonomy {input.taxonomy}"
+        "python scripts/write_cards.py --reward-metrics {input.metrics} --win-rates {input.win_rates}"
         " --settings {params.settings:q} --out-dir {params.folder} 2> {log}"
 
 
@@ -132,7 +123,8 @@ rule write_report:
     input:
         tables=expand(flow.results("10_tables/{table}.html"), table=TABLES),
         figures=expand(flow.results("11_figures/{figure}.svg"), figure=pages.figures()),
-        cards=flow.results("12_cards/dataset.md"),
+        cards=expand(flow.results("12_cards/{name}.md"), name=pages.carded_models()),
+        release=flow.results("13_release/README.md"),
         cases=pages.case_files(),
         template="report/report.html.jinja",
     output:

@@ -1,24 +1,4 @@
-# Client speeches: normalised, filtered, de-duplicated, with a topic and a side of the split (section 3.1).
-
-
-rule select_speeches:
-    input:
-        sources=expand(flow.results("01_sources/{source}.jsonl"), source=flow.speech_sources),
-    output:
-        speeches=flow.results("02_speeches/unique.jsonl"),
-        dropped=flow.results("02_speeches/dropped.jsonl"),
-    log:
-        flow.logs("select_speeches.log"),
-    conda:
-        "../envs/data.yaml"
-    params:
-        settings=slices.select_speeches,
-        code=code("select_speeches"),
-    message:
-        "Select speeches by length and drop duplicates"
-    shell:
-        "python scripts/select_speeches.py --sources {input.sources} --settings {params.settings:q}"
-        " --out {output.speeches} --dropped {output.dropped} 2> {log}"
+# A topic and a side of the split for each client speech (section 3.1).
 
 
 rule label_topics:

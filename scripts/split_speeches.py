@@ -1,7 +1,8 @@
 """Split the speeches into train, dev and test (paper, section 3.3), clusters of near duplicates undivided.
 
 Clusters are taken in a seeded hash order until the test side has exactly test_speeches speeches, then dev its share of the
-rest. So near duplicates never stand on two sides, and a speech more or less moves few others.
+rest. So near duplicates never stand on two sides, and a speech more or less moves few others. Sides that come with the data (a
+run that starts at published pairs) stay as they are; where they know no dev side, it is drawn from train in the same way.
 """
 
 from collections import Counter
@@ -33,27 +34,32 @@ def main() -> None:
         speeches = run.read(run.args.speeches, "unique_speech")
         topics = {topic["speech_id"]: topic for topic in run.read(run.args.topics, "topic")}
         labelled = [speech for speech in speeches if speech["speech_id"] in topics]
-        side = split_sides({speech["speech_id"]: speech["cluster_id"] for speech in labelled}, settings)
+        given = {speech["speech_id"]: side for speech in labelled if (side := speech.get("side"))}
+        side = split_sides({speech["speech_id"]: speech["cluster_id"] for speech in labelled}, settings, given)
         split = [as_split(speech, topics[speech["speech_id"]], side[speech["speech_id"]]) for speech in labelled]
         run.account("speeches", len(speeches), len(split), {"no topic": len(speeches) - len(labelled)})
         log.info("split: %s", dict(sorted(Counter(side.values()).items())))
         run.write(run.args.out, split, "speech", sort_by="speech_id")
 
 
-def split_sides(cluster_of: dict[str, str], settings: SplitSettings) -> dict[str, str]:
-    """Return the side of each speech, given its cluster."""
-    sizes = Counter(cluster_of.values())
-    test = take_exactly(sizes, settings.test_speeches, settings.seed, "test")
-    rest = {cluster: size for cluster, size in sizes.items() if cluster not in test}
-    others = sum(rest.values())
+def split_sides(cluster_of: dict[str, str], settings: SplitSettings, given: dict[str, str] | None = None) -> dict[str, str]:
+    """Return the side of each speech from its cluster; `given` holds the sides of all where the data gives them."""
+    if given and "dev" in given.values():
+        return given
+    if given:
+        on_test = {speech for speech, side in given.items() if side == "test"}
+    else:
+        test = take_exactly(Counter(cluster_of.values()), settings.test_speeches, settings.seed, "test")
+        on_test = {speech for speech, cluster in cluster_of.items() if cluster in test}
+    rest = Counter(cluster for speech, cluster in cluster_of.items() if speech not in on_test)
+    others = rest.total()
     dev_speeches = max(1, round(settings.dev_fraction * others)) if settings.dev_fraction else 0
     if others <= dev_speeches:
         raise UserError(
-            f"{len(cluster_of)} speeches are too few: test_speeches is {settings.test_speeches}, dev would take {dev_speeches},"
-            " none is left to train on"
+            f"{len(cluster_of)} speeches are too few: test has {len(on_test)}, dev would take {dev_speeches}, none is left to train on"
         )
     dev = take_exactly(rest, dev_speeches, settings.seed, "dev")
-    return {speech: "test" if cluster in test else "dev" if cluster in dev else "train" for speech, cluster in cluster_of.items()}
+    return {speech: "test" if speech in on_test else "dev" if cluster in dev else "train" for speech, cluster in cluster_of.items()}
 
 
 def take_exactly(sizes: dict[str, int], wanted: int, seed: int, side: str) -> set[str]:
@@ -69,8 +75,8 @@ def take_exactly(sizes: dict[str, int], wanted: int, seed: int, side: str) -> se
 
 
 def as_split(speech: dict, topic: dict, side: str) -> dict:
-    """Return the speech record: topic and side added, the source's own label left behind."""
-    kept = {key: value for key, value in speech.items() if key != "topic_label"}
+    """Return the speech record: topic and side added, the source's own label and side left behind."""
+    kept = {key: value for key, value in speech.items() if key not in ("topic_label", "side")}
     return {**kept, **{key: topic[key] for key in ("topic", "coarse_topic", "topic_from")}, "split": side}
 
 

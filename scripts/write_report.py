@@ -52,7 +52,7 @@ class ReportSettings(Settings):
     """What the run's files do not say."""
 
     title: str = Field(description="heading")
-    judge: str = Field(description="title of the judge that made the labels")
+    labels: str = Field(description='how the preference labels came about: "made by …"')
     judge_of_answers: str = Field(description="title of the judge of the win rates")
     opponent: str = Field(description="title of the opponent")
     summary: list[tuple[str, str]] = Field([], description="[[label, value], …]: the choices of the config worth knowing, in their order")

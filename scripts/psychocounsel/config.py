@@ -70,6 +70,11 @@ class Study:
         self.reward_models = {entry["name"]: entry for entry in config["reward_models"]}
         self.policies = {entry["name"]: entry for entry in config["policies"]}
 
+    @property
+    def starts_at_pairs(self) -> bool:
+        """Whether the run starts at preference pairs: its sources hold such, not speeches."""
+        return any(self.sources[name]["kind"] == "preferences" for name in self.config["sources"])
+
     def prompt(self, name: str) -> str:
         """Return a prompt template's text without its comments."""
         return self.template(self.prompt_path(name))
@@ -269,7 +274,15 @@ def reference_errors(study: Study) -> Iterator[str]:
             line = locate((name, "serve", "chat_template"), models_files)
             yield f"{line}: models.{name}.serve.chat_template: no file {template!r}."
 
-    yield from unknown_each(("sources",), config["sources"], "source of speeches", of_kind["speeches"])
+    starts = [*of_kind["speeches"], *of_kind["preferences"]]
+    yield from unknown_each(("sources",), config["sources"], "source of speeches or pairs", starts)
+    if len({study.sources[name]["kind"] for name in config["sources"] if name in starts}) == 2:
+        yield (
+            f"{locate(('sources',), files)}: sources names files of client speeches and files of preference pairs; a run starts at one: "
+            "name only speeches (the run makes pairs of them) or only pairs (it takes them as they are)."
+        )
+    rights = [name for name in study.sources if name in (*starts, *of_kind["answers"])]
+    yield from unknown_each(("release", "rights"), config["release"]["rights"], "source", rights)
     yield from unknown(("topics", "judge"), config["topics"]["judge"], "chat model", chat)
     yield from unknown_each(("responses", "pool"), config["responses"]["pool"], "chat model", chat)
     if len(config["responses"]["pool"]) < config["responses"]["models_per_speech"]:

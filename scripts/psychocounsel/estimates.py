@@ -81,7 +81,7 @@ def speeches(path: str, split: str | None, makers: dict) -> Count:
     if job is None:
         rows = (row for _, row in iter_json_lines(Path(path)))
         return Count(sum(split in (None, row.get("split")) for row in rows), EXACT)
-    if job.program == "select_speeches":
+    if job.program in ("select_speeches", "read_pairs"):
         return selected(job, path)
     if job.program == "sample_prompts" and job.settings["speeches"] is not None:
         return Count(job.settings["speeches"], ABOUT)

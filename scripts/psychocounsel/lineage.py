@@ -21,7 +21,7 @@ import evaluate_rewards
 import make_tables
 import parse_judgements
 import parse_ratings
-from psychocounsel import adapters, consistency, data_tables, pool, winrates
+from psychocounsel import adapters, consistency, data_tables, pool, preferences, winrates
 from psychocounsel.config import load_registry, locate
 from psychocounsel.errors import UserError, nearest_or_all
 from psychocounsel.pairs import least_total_gap
@@ -360,7 +360,7 @@ class Lineage:
     def under_dataset(self, cell: Cell) -> tuple[str, list[Node]]:
         """Counts of speeches, dropped rows, scores and pairs."""
         if cell.group == "Speeches by source":
-            source = self.named(cell.name, self.flow.speech_sources)
+            source = self.named(cell.name, self.flow.sources)
             return "number of speeches of this source", self.counted(cell, "speech", lambda row: row["source"] == source)
         if cell.group == "Rows left out, by reason":
             return "number of rows left out for this reason", self.counted(cell, "dropped_row", lambda row: row["reason"] == cell.name)
@@ -676,7 +676,14 @@ class Lineage:
 
     def score(self, file: str, line: int, row: dict) -> Node:
         """A response's score with the ratings that it is the mean of, the response and the speech."""
-        ratings = self.find(self.inputs(file, "rating"), "response_id", row["response_id"])
+        rating_files = self.inputs(file, "rating")
+        if not rating_files:  # published with the pairs at which the run starts
+            mean = sum(row["scores"].values()) / len(row["scores"])
+            of = f"{len(row['scores'])} published ratings"
+            what = f"response {row['response_id']} of {row['model']}, mean score {row['overall']:.2f} of {of}"
+            raws = [Node("raw file of published pairs", raw) for raw in self.inputs(file, "raw")]
+            return Node(what, file, line, agrees=mean == row["overall"], under=raws)
+        ratings = self.find(rating_files, "response_id", row["response_id"])
         mean = sum(rating["score"] for *_, rating in ratings) / len(ratings) if ratings else None
         what = f"response {row['response_id']} of {row['model']}, mean score {row['overall']:.2f} of {len(ratings)} ratings"
         node = Node(what, file, line, agrees=mean == row["overall"])
@@ -723,6 +730,11 @@ class Lineage:
             raise UserError(f"{file}: no speech {speech_id}; `audit.py verify` tells what is wrong")
         _, line, row = places[0]
         node = Node(f"client speech {speech_id}", file, line, text=row["text"])
+        if not self.inputs(file, "source_row"):
+            node.under = [
+                self.published_row(raw, path, row) for path in self.inputs(file, "unique_speech") for raw in self.raw_of(path, row)
+            ]
+            return node
         sources = [path for path in self.inputs(file, "source_row") if Path(path).stem == row["source"]]
         cells = self.find(sources, "source_row", row["source_row"])  # several where a row of the source has several texts
         clean = [normalise(cell[2]["text"]) for cell in cells]
@@ -732,6 +744,30 @@ class Lineage:
             raws = [self.raw_row(raw, path, found) for raw in self.inputs(path, "raw")]
             node.under.append(Node(f"as {row['source']} has it", path, number, text=found["text"], under=raws))
         return node
+
+    def raw_of(self, path: str, speech: dict) -> list[str]:
+        """The raw file of the speech's source: it lies in the folder that bears the source's name."""
+        return [raw for raw in self.inputs(path, "raw") if Path(raw).parent.name == speech["source"]]
+
+    def published_row(self, raw: str, path: str, speech: dict) -> Node:
+        """The row of a raw file of pairs in which a speech stands first."""
+        if raw not in self.raws:
+            sources = self.record(path)["identity"]["settings"]["sources"]
+            source = next(source for source in sources if source["source"] == speech["source"])
+            rows = preferences.renamed_rows(Path(raw), source["adapter"], source["columns"])
+            texts = {(row, text) for row, text in enumerate((self.published_text(row, source["adapter"]) for row in rows), start=1) if text}
+            self.raws[raw] = dict(enumerate(raw_lines(Path(raw)), start=1)), texts
+        lines, texts = self.raws[raw]
+        row = speech["source_row"]
+        return Node(f"row {row} of the raw file", raw, lines.get(row), agrees=(row, speech["text"]) in texts)
+
+    @staticmethod
+    def published_text(row: dict, adapter: str) -> str | None:
+        """The client speech of a row of published pairs, or None where it makes no pair."""
+        try:
+            return preferences.ADAPTERS[adapter].read(row).client_speech()
+        except preferences.NoPair:
+            return None
 
     def raw_row(self, raw: str, path: str, found: dict) -> Node:
         """The row of a raw file that a source's record was read from."""

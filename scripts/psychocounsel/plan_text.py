@@ -129,7 +129,7 @@ def footnotes(jobs: list[Job]) -> Iterator[str]:
 
 def unread(jobs: list[Job]) -> bool:
     """Whether the number of speeches is neither counted nor limited."""
-    return any(job.program == "select_speeches" and not job.settings["limit"] and not job.record for job in jobs)
+    return any(job.program in ("select_speeches", "read_pairs") and not job.settings["limit"] and not job.record for job in jobs)
 
 
 def as_json(jobs: list[Job]) -> dict:

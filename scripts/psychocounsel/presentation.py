@@ -21,6 +21,9 @@ class Presentation:
     def __init__(self, flow: Workflow) -> None:
         self.flow, self.study, self.config = flow, flow.study, flow.config
         self.judge = self.title(self.config["ratings"]["judge"])
+        self.labels = f"made by {self.judge} ({PROTOCOLS[self.config['ratings']['protocol']]}), not by people"
+        if flow.starts_at_pairs:
+            self.labels = f"published with {' and '.join(map(self.title, flow.sources))}; this run judged no response of its data set"
         self.judge_of_answers = self.title(self.config["evaluation"]["judge"])
         self.opponent = self.title(self.config["evaluation"]["opponent"])
 
@@ -59,7 +62,7 @@ class Presentation:
         """Return who scored the responses, and how."""
         judge = self.study.models[self.config["ratings"]["judge"]]
         return {
-            "judge": self.judge,
+            "judge": "the judge of the published data" if self.flow.starts_at_pairs else self.judge,
             "protocol": self.config["ratings"]["protocol"],
             "offline": self.study.endpoints[judge["endpoint"]]["kind"] == "local",
             "principles": [(p["id"], p["name"]) for p in self.study.principles],
@@ -72,7 +75,7 @@ class Presentation:
         ablation = self.config["reward_evaluation"]["ablation"]
         ours = [name for name in flow.reward_models if name not in ablation]
         rewards = [("Published reward models", flow.baselines), ("Prompted rankers", flow.rankers), ("Reward models of this run", ours)]
-        names = [*flow.pool, *flow.speech_sources, *flow.baselines, *flow.rankers, *flow.reward_models, *flow.policies]
+        names = [*flow.pool, *flow.sources, *flow.baselines, *flow.rankers, *flow.reward_models, *flow.policies]
         return dict(
             titles=self.titles(names),
             pool=self.size_classes(),
@@ -97,7 +100,8 @@ class Presentation:
 
     def figures(self) -> list[str]:
         """The figures that this study has."""
-        names = ["dataset", "pairs", "chosen_models", "rejected_models", "model_groups", "win_rates", "win_rate_topics"]
+        names = ["dataset", "pairs", "chosen_models", "rejected_models", "model_groups"]
+        names += ["win_rates", "win_rate_topics"] if self.flow.policies else []
         names += ["training_reward_models"] if self.reward_logs() else []
         names += ["training_policies"] if self.policy_logs() else []
         return names + (["checkpoints"] if self.flow.checkpoint_win_rates() else [])
@@ -170,21 +174,46 @@ class Presentation:
             data = f"{entry['samples_per_speech']} own samples per training speech, ranked by {ranker}"
             return model(name, entry, "policy", f"iterative DPO, {entry['iterations']} iterations", data)
 
-        sources = {name: self.study.sources[name] for name in self.flow.speech_sources}
         rewards = self.study.reward_models.items()
         return dict(
-            title=f"PsychoCounsel-Preference ({config['run']})",
-            judge=self.judge,
+            labels=self.labels,
             judge_of_answers=self.judge_of_answers,
             opponent=self.opponent,
-            principles=[p["name"] for p in self.study.principles],
-            sources=[
-                {"name": name, "address": s.get("address")} | {key: s[key] for key in ("title", "licence", "quotable")}
-                for name, s in sources.items()
-            ],
             models=[model(name, entry, "reward_model", "Bradley-Terry reward model", self.data(name)) for name, entry in rewards]
             + [policy(name) for name in self.flow.trained_policies],
             note=config["note"],
+        )
+
+    @settings
+    def write_release(self, wildcards) -> dict:
+        """Which sources' texts may be passed on, the terms of the models that answered, and what the card tells."""
+        rights, sources = self.config["release"]["rights"], self.study.sources
+
+        def source(name: str) -> dict:
+            entry = sources[name]
+            terms = entry.get("redistribution") or {"allowed": False, "reason": "sources.yaml does not say that a release may hold it"}
+            return (
+                {"name": name, "address": entry.get("address"), "right": name in rights}
+                | terms
+                | {k: entry[k] for k in ("title", "licence")}
+            )
+
+        def answerer(name: str) -> dict:
+            entry = self.study.models[name]
+            recorded = entry.get("recorded") and source(entry["recorded"]["source"])
+            withheld = recorded["reason"] if recorded and not (recorded["allowed"] or recorded["right"]) else None
+            return {"name": name, "withheld": withheld} | {key: entry[key] for key in ("title", "id", "licence")}
+
+        return dict(
+            title=f"PsychoCounsel-Preference ({self.config['run']})",
+            labels=self.labels,
+            judge=None if self.flow.starts_at_pairs else self.config["ratings"]["judge"],
+            starts_at_pairs=self.flow.starts_at_pairs,
+            principles={p["id"]: p["name"] for p in self.study.principles},
+            sources=[source(name) for name in self.flow.sources],
+            models=[answerer(name) for name in self.flow.pool],
+            min_gap=self.config["pairs"]["min_gap"],
+            note=self.config["note"],
         )
 
     def case_policy(self) -> str | None:
@@ -209,14 +238,22 @@ class Presentation:
         """The choices worth knowing, and what may be quoted."""
         config, policy = self.config, self.case_policy()
         near = config["speeches"]["near_duplicates"]
-        summary = [
-            ("Sources", ", ".join(self.title(name) for name in self.flow.speech_sources)),
+        made = [
+            ("Sources", ", ".join(self.title(name) for name in self.flow.sources)),
             ("Speeches", f"{config['speeches']['min_chars']} to {config['speeches']['max_chars']} characters, "
                          f"near duplicates above {near['drop_above']} dropped, above {near['cluster_above']} on one side of the split"),
             ("Personal data", PERSONAL_DATA[config["speeches"]["personal_data"]]),
             ("Responses", f"{config['responses']['models_per_speech']} models of a pool of {len(self.flow.pool)} per speech"),
             ("Judge of the responses", f"{self.judge}, seven principles, 1 to 5, {PROTOCOLS[config['ratings']['protocol']]}"),
             ("Pairs", f"gap of the mean scores of at least {config['pairs']['min_gap']}"),
+        ]  # fmt: skip
+        kept = "on one side of the split" if config["pairs"]["drop_near_test"] else "left where they are"
+        titles = ", ".join(self.title(name) for name in self.flow.sources)
+        given = [
+            ("Pairs", f"as published: {titles}; near duplicates above {near['cluster_above']} {kept}; responses in no pair are not known")
+        ]
+        summary = [
+            *(given if self.flow.starts_at_pairs else made),
             ("Opponent", self.opponent),
             ("Judge of the answers", f"{self.judge_of_answers}, all seven principles in one call, both orders, no tie offered"),
             ("Seed", str(config["seed"])),
@@ -227,12 +264,12 @@ class Presentation:
             "policy": self.title(policy),
             "opponent": self.opponent,
             "setting": "length",
-            "quotable": [name for name in self.flow.speech_sources if self.study.sources[name]["quotable"]],
+            "quotable": [name for name in self.flow.sources if self.study.sources[name]["quotable"]],
             "crisis_topics": config["report"]["crisis_topics"],
         }
         return dict(
             title=config["title"],
-            judge=self.judge,
+            labels=self.labels,
             judge_of_answers=self.judge_of_answers,
             opponent=self.opponent,
             summary=summary,
@@ -244,7 +281,7 @@ class Presentation:
     def summarise_run(self, wildcards) -> dict:
         """Titles, and where the run's files lie."""
         flow = self.flow
-        places = {"report": "report.html", "tables": "10_tables/", "figures": "11_figures/", "cards": "12_cards/"}
+        places = {"report": "report.html", "tables": "10_tables/", "figures": "11_figures/", "cards": "12_cards/", "release": "13_release/"}
         return dict(
             title=self.config["title"],
             note=self.config["note"],

@@ -95,6 +95,30 @@ class Slices:
         return dict(**self.config["speeches"], seed=self.config["seed"])
 
     @settings
+    def read_pairs(self, wildcards) -> dict:
+        """The adapters of the files of pairs, the names of models, and which speeches are too similar."""
+        speeches = self.config["speeches"]
+        sources = [{"source": name, **self.study.sources[name]} for name in self.flow.sources]
+        return dict(
+            sources=[{key: source.get(key) for key in ("source", "adapter", "columns", "split")} for source in sources],
+            models=self.model_aliases(),
+            near_duplicates=speeches["near_duplicates"],
+            drop_near_test=self.config["pairs"]["drop_near_test"],
+            limit=speeches["limit"],
+            seed=self.config["seed"],
+        )
+
+    def model_aliases(self) -> dict[str, str]:
+        """Return what published data may call a model of the pool, in lower case: its name, its id with and without the
+        organisation, its title; not what several models share."""
+        names = {}
+        for name in self.flow.pool:
+            model = self.study.models[name]
+            for alias in {alias.casefold() for alias in (name, model["id"], model["id"].rpartition("/")[2], model["title"])}:
+                names.setdefault(alias, set()).add(name)
+        return {alias: alias if alias in found else found.pop() for alias, found in names.items() if alias in found or len(found) == 1}
+
+    @settings
     def label_topics(self, wildcards) -> dict:
         """The taxonomy with its words, and the judge of speeches without a label."""
         taxonomy = self.study.taxonomy
@@ -193,6 +217,11 @@ class Slices:
     def build_pairs(self, wildcards) -> dict:
         """The gap, and the prompt that stands before both answers."""
         return dict(min_gap=self.config["pairs"]["min_gap"], prompt=self.study.prompt(self.config["responses"]["prompt"]))
+
+    @settings
+    def divide_pairs(self, wildcards) -> dict:
+        """The prompt that stands before both answers."""
+        return {"prompt": self.study.prompt(self.config["responses"]["prompt"])}
 
     @settings
     def prepare_model(self, wildcards) -> dict:

@@ -18,11 +18,14 @@ class Workflow:
     def __init__(self, study: Study) -> None:
         self.study, self.config, self.run = study, study.config, study.config["run"]
         self.pool = self.config["responses"]["pool"]
-        self.speech_sources = [name for name in self.config["sources"] if self.available(name)]
+        self.sources = [name for name in self.config["sources"] if self.available(name)]
+        self.starts_at_pairs = study.starts_at_pairs
+        self.speech_sources = [] if self.starts_at_pairs else self.sources
         self.preference_sources = sorted({name for entry in self.config["reward_models"] for name in entry["data"]} - {OURS})
         benchmark = self.config["reward_evaluation"]["benchmark"]
         self.general_preferences = sorted({*self.preference_sources, *([benchmark] if benchmark else [])})
-        self.answer_sources = sorted({m["recorded"]["source"] for m in map(self.study.models.get, self.pool) if m.get("recorded")})
+        recorded = [] if self.starts_at_pairs else [m["recorded"] for m in map(self.study.models.get, self.pool) if m.get("recorded")]
+        self.answer_sources = sorted({entry["source"] for entry in recorded})
         self.baselines = self.config["reward_evaluation"]["baselines"]
         self.rankers = self.config["reward_evaluation"]["rankers"]
         self.reward_models = list(self.study.reward_models)
@@ -33,10 +36,11 @@ class Workflow:
     def unpinned(self) -> dict[str, str]:
         """Return what this study leaves open (Study.unpinned) among the models that it runs or asks and the files that it reads."""
         config = self.config
-        judges = [config["topics"]["judge"], config["ratings"]["judge"], config["evaluation"]["judge"], config["evaluation"]["opponent"]]
+        raters = [] if self.starts_at_pairs else [*self.pool, config["ratings"]["judge"]]
+        judges = [config["topics"]["judge"], config["evaluation"]["judge"], config["evaluation"]["opponent"]]
         bases = [entry["base"] for entry in [*config["reward_models"], *config["policies"]]]
-        models = dict.fromkeys([*self.pool, *judges, *self.baselines, *self.rankers, *bases])
-        return self.study.unpinned(list(models), [*self.speech_sources, *self.answer_sources, *self.general_preferences])
+        models = dict.fromkeys([*raters, *judges, *self.baselines, *self.rankers, *bases])
+        return self.study.unpinned(list(models), [*self.sources, *self.answer_sources, *self.general_preferences])
 
     # Where files lie
 
@@ -131,8 +135,32 @@ class Workflow:
 
     # Inputs that depend on the study
 
+    def given_pairs(self) -> list[str]:
+        """The raw files of pairs at which the run starts."""
+        return [self.raw(source) for source in self.sources]
+
+    def dropped_rows(self) -> list[str]:
+        """The side files of what reading and selecting speeches, or reading pairs, left out."""
+        return [
+            self.results(f"{name}.jsonl") for name in (*(f"01_sources/{s}.dropped" for s in self.speech_sources), "02_speeches/dropped")
+        ]
+
+    def unanswered(self) -> list[str]:
+        """The failures of the pool; nothing of a run that asks no pool."""
+        return [] if self.starts_at_pairs else [self.results(f"03_responses/{model}.failed.jsonl") for model in self.pool]
+
+    def unscored(self) -> list[str]:
+        """The responses without a complete score; nothing where scores come with the pairs."""
+        return [] if self.starts_at_pairs else [self.results("04_ratings/scores.dropped.jsonl")]
+
+    def judge_assessment(self) -> list[str]:
+        """How far the judge agrees with itself; nothing where its scores come with the pairs."""
+        return [] if self.starts_at_pairs else [self.results("04_ratings/judge.json")]
+
     def pool_responses(self) -> list[str]:
-        """The responses of the whole pool."""
+        """The responses of the whole pool; those that come with the pairs stand in one file."""
+        if self.starts_at_pairs:
+            return [self.results("03_responses/given.jsonl")]
         return [self.results(f"03_responses/{model}.jsonl") for model in self.pool]
 
     def ratings_again(self) -> list[str]:
@@ -148,6 +176,10 @@ class Workflow:
         """The raw file of a pool model's recorded answers, or nothing."""
         recorded = self.study.models[wildcards.model].get("recorded")
         return [self.raw(recorded["source"])] if recorded else []
+
+    def pairs(self) -> list[str]:
+        """The run's own pairs: train, dev and test."""
+        return [self.results(f"05_pairs/{split}.jsonl") for split in ("train", "dev", "test")]
 
     def training_pairs(self, wildcards) -> list[str]:
         """The preference data that a reward model is trained on."""

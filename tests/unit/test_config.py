@@ -20,7 +20,7 @@ def study_of(tmp_path: Path, text: str):
     return load_study(config, [PAPER, mine])
 
 
-@pytest.mark.parametrize("overlays", [[], ["demo"], ["demo", "demo_counsel_chat"], ["demo", "demo_counselling_bench"]])
+@pytest.mark.parametrize("overlays", [[], ["published"], ["demo"], ["demo", "demo_counsel_chat"], ["demo", "demo_counselling_bench"]])
 def test_shipped_configs_are_valid(overlays):
     files = [PAPER, *(Path(f"config/{name}.yaml") for name in overlays)]
     config = read_config(files)
@@ -48,7 +48,7 @@ def test_the_paper_config_is_the_paper(tmp_path):
             ["mine.yaml:1", "ratings.judge", "no chat model 'gpt4o-judge'", "Did you mean 'gpt-4o-judge'?"],
         ),
         ("sources:\n  - demo\n  - counselchat\n", ["mine.yaml:3", "sources[1]", "Did you mean 'counsel-chat'?"]),
-        ("sources: [helpsteer2]\n", ["no source of speeches 'helpsteer2'"]),
+        ("sources: [counselling-bench-alpaca-7b]\n", ["no source of speeches or pairs 'counselling-bench-alpaca-7b'"]),
         ("responses: {pool: [gpt-4o, gpt-4o-mini, o1-mini]}\n", ["responses.pool has 3 models", "models_per_speech"]),
         ("responses: {pool: [gpt-4o, gpt-4o, o1-mini, gpt-4o-mini]}\n", ["names 'gpt-4o' twice"]),
         ("ratings: {prompt: rates}\n", ["ratings.prompt", "Did you mean 'rate'?"]),
@@ -125,3 +125,15 @@ def test_every_source_says_whether_a_release_may_hold_it_and_why():
     assert all("redistribution" in entry for entry in sources.values())
     forbidden = {name for name, entry in sources.items() if entry["kind"] == "speeches" and not entry["redistribution"]["allowed"]}
     assert forbidden == {"therapistqa", "psych8k", "amod-counsel", "mentalchat16k-interview", "phi2mental"}
+
+
+def test_a_run_starts_at_speeches_or_at_pairs(tmp_path):
+    assert not study_of(tmp_path, "").starts_at_pairs
+    assert study_of(tmp_path, "sources: [psychocounsel-preference, psychocounsel-preference-test]").starts_at_pairs
+    with pytest.raises(UserError, match=r"mine.yaml:1: sources names files of client speeches and files of preference pairs"):
+        study_of(tmp_path, "sources: [counsel-chat, psychocounsel-preference]")
+
+
+def test_rights_are_those_to_a_source(tmp_path):
+    with pytest.raises(UserError, match=r"release.rights\[0\]: no source 'psych8'. Did you mean 'psych8k'"):
+        study_of(tmp_path, "release: {rights: [psych8]}")

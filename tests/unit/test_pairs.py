@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from build_pairs import main as build
 from psychocounsel.pairs import best_and_worst, every_two, least_total_gap
+from psychocounsel.preferences import PRINCIPLES, hh_messages
 from psychocounsel.records import content_hash, dump_records, read_records
-from read_preferences import PRINCIPLES, PreferenceSettings, hh_messages
+from read_preferences import PreferenceSettings
 from read_preferences import main as read
 
 TEMPLATE = "{# source #}Answer.\n\nClient Speech: {{ client_speech }}\n"

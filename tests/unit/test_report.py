@@ -134,7 +134,7 @@ def run(tmp_path_factory) -> Path:
 def report_settings(**changes) -> dict:
     """Settings of write_report."""
     case = {"policy": "P", "opponent": "O", "setting": "length", "quotable": ["open"], "crisis_topics": ["self-harm", "crisis_and_safety"]}
-    facts = {"title": "A run", "judge": "J", "judge_of_answers": "J", "opponent": "O", "summary": [["Run", "tiny"]], "case": case}
+    facts = {"title": "A run", "labels": "made by J", "judge_of_answers": "J", "opponent": "O", "summary": [["Run", "tiny"]], "case": case}
     return {**facts, "note": "A demonstration.", **changes}
 
 
@@ -282,7 +282,6 @@ def test_a_folder_without_records_is_refused(tmp_path):
 
 def card_settings() -> dict:
     """Settings of write_cards."""
-    source = {"name": "open", "title": "Open | data", "licence": "MIT", "quotable": True, "address": None}
     model = {
         "name": "p",
         "title": "P",
@@ -293,15 +292,8 @@ def card_settings() -> dict:
         "method": "DPO",
         "data": "ours",
     }
-    facts = {
-        "title": 'A "set"',
-        "judge": "the rubric",
-        "judge_of_answers": "J",
-        "opponent": "O",
-        "principles": PRINCIPLES,
-        "note": "A demonstration.",
-    }
-    return {**facts, "sources": [source], "models": [{**model, "recipe": {"beta": 0.1, "max_steps": None}}]}
+    facts = {"labels": "made by the rubric, not by people", "judge_of_answers": "J", "opponent": "O", "note": "A demonstration."}
+    return {**facts, "models": [{**model, "recipe": {"beta": 0.1, "max_steps": None}}]}
 
 
 def header(card: Path) -> dict:
@@ -310,30 +302,12 @@ def header(card: Path) -> dict:
 
 
 def test_cards_have_a_valid_header_and_carry_the_facts(run, tmp_path):
-    words = [word for name in ("speeches", "scores", "pairs") for word in (f"--{name}", run / f"{name}.jsonl")]
-    succeed("write_cards", *words, "--win-rates", run / "wins.json", *COMMON, "--out-dir", tmp_path, **card_settings())
-    dataset, policy = tmp_path / "dataset.md", tmp_path / "p.md"
-    assert header(dataset)["license"] == "other"
-    assert header(dataset)["pretty_name"] == 'A "set"'
-    assert header(dataset)["dataset_info"]["splits"] == [{"name": s, "num_examples": 2} for s in ("train", "dev", "test")]
-    assert header(policy)["base_model"] == "org/B"
-    for card in (dataset, policy):
-        text = card.read_text()
-        assert "the rubric" in text
-        assert "A demonstration." in text
-        assert "licensed professional" in text
-        assert "TEXT" not in text
-        assert "feel" not in text, "a card quotes no speech"
-    assert r"Open \| data" in dataset.read_text()
-    assert "In 0 of 6 pairs the rejected response has the higher safety score" in dataset.read_text()
-    assert "every comparison was a win" in policy.read_text()
-
-
-def test_a_source_without_a_licence_is_refused(run, tmp_path):
-    words = ["--speeches", run / "speeches.jsonl", *COMMON, "--out-dir", tmp_path]
-    done = program("write_cards", *words, **{**card_settings(), "sources": []})
-    assert done.returncode == 1
-    assert "lacks 'open'" in done.stderr
+    succeed("write_cards", "--win-rates", run / "wins.json", "--out-dir", tmp_path, **card_settings())
+    card = tmp_path / "p.md"
+    assert header(card)["base_model"] == "org/B"
+    text = card.read_text()
+    for words in ("made by the rubric, not by people", "A demonstration.", "licensed professional", "every comparison was a win"):
+        assert words in text
 
 
 def test_times_and_intervals_are_shown_as_people_say_them():

@@ -14,7 +14,13 @@ from psychocounsel.slices import Slices, Wildcards
 from psychocounsel.stage import Settings, parse_settings, read_settings
 from psychocounsel.workflow import Workflow
 
-STUDIES = {"paper": [], "demo": ["demo"], "counsel-chat": ["demo", "demo_counsel_chat"], "bench": ["demo", "demo_counselling_bench"]}
+STUDIES = {
+    "paper": [],
+    "published": ["published"],
+    "demo": ["demo"],
+    "counsel-chat": ["demo", "demo_counsel_chat"],
+    "bench": ["demo", "demo_counselling_bench"],
+}
 
 
 def load(overlays: list[str]) -> Workflow:
@@ -30,21 +36,18 @@ def flow(request) -> Workflow:
 def calls(flow: Workflow) -> list[tuple[str, str]]:
     """Return (program, settings JSON) of every job kind of a study, for every value of its wildcards."""
     w, slices, pages = Wildcards, Slices(flow), Presentation(flow)
-    found = [
-        (name, getattr(slices, name)(w()))
-        for name in ("select_speeches", "label_topics", "split_speeches", "assign_models", "rate_responses", "build_pairs")
-    ]
-    found += [
-        ("parse_ratings", slices.parse_ratings(w())),
-        *(("rate_responses", slices.rate_again(w(order=order))) for order in ("same", "reversed")),
-        ("parse_ratings", slices.parse_again(w(order="same"))),
-        ("assess_judge", slices.assess_judge(w())),
-        ("score_responses", slices.score_responses(w())),
-        ("parse_judgements", slices.parse_judgements(w())),
-    ]
+    made = ("select_speeches", "assign_models", "rate_responses", "parse_ratings", "assess_judge", "score_responses", "build_pairs")
+    once = (*(("read_pairs", "divide_pairs") if flow.starts_at_pairs else made), "label_topics", "split_speeches", "parse_judgements")
+    found = [(name, getattr(slices, name)(w())) for name in once]
+    if not flow.starts_at_pairs:
+        found += [("rate_responses", slices.rate_again(w(order=order))) for order in ("same", "reversed")]
+        found.append(("parse_ratings", slices.parse_again(w(order="same"))))
     found += [("generate_responses", slices.answer_opponent(w())), ("sample_prompts", slices.sample_test_speeches(w()))]
-    found += [(name, getattr(pages, name)(w())) for name in ("make_tables", "plot_figures", "write_cards", "write_report", "summarise_run")]
-    for source in [*flow.speech_sources, *flow.general_preferences, *flow.answer_sources]:
+    found += [
+        (name, getattr(pages, name)(w()))
+        for name in ("make_tables", "plot_figures", "write_release", "write_cards", "write_report", "summarise_run")
+    ]
+    for source in [*flow.sources, *flow.general_preferences, *flow.answer_sources]:
         found.append(("fetch_source", slices.fetch_source(w(source=source))))
     found += [("read_source", slices.read_source(w(source=source))) for source in flow.speech_sources]
     found += [("read_preferences", slices.read_preferences(w(source=source))) for source in flow.general_preferences]
@@ -115,7 +118,7 @@ def in_order(pairs: list[tuple[str, object]]) -> dict:
 
 
 def test_site_facts_are_in_no_settings(flow):
-    titles = ("make_tables", "plot_figures", "write_cards", "write_report", "summarise_run")
+    titles = ("make_tables", "plot_figures", "write_release", "write_cards", "write_report", "summarise_run")
     for program, settings in calls(flow):
         for word in ("requests_per_minute", "api_key", "base_url", "price", "concurrency", "tensor_parallel"):
             assert f'"{word}' not in settings, program
@@ -138,7 +141,7 @@ def test_a_change_reaches_exactly_the_settings_that_use_it():
     assert changed(lambda s: s.models["o1-mini"]["price"].update(input=99)) == set()
     assert changed(lambda s: s.endpoints["openai"].update(requests_per_minute=7)) == set()
     assert changed(lambda s: s.models["o1-mini"]["sampling"].update(max_tokens=9)) == {"generate_responses"}
-    assert changed(lambda s: s.config["pairs"].update(min_gap=2.0)) == {"build_pairs", "assess_judge", "write_report"}
+    assert changed(lambda s: s.config["pairs"].update(min_gap=2.0)) == {"build_pairs", "assess_judge", "write_release", "write_report"}
     assert changed(lambda s: s.sources["counsel-chat"].update(sha256="0" * 64)) == {"fetch_source"}
 
 

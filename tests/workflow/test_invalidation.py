@@ -28,17 +28,17 @@ READERS = {  # rule -> rules that read its outputs
     "label_topics": "split_speeches",
     "split_speeches": "assign_models generate_responses rate_responses rate_again build_pairs sample_prompts answer_opponent"
     " answer_speeches"
-    " judge_answers compute_win_rates make_tables plot_figures write_cards write_report summarise_run",
+    " judge_answers compute_win_rates make_tables plot_figures write_release write_report summarise_run",
     "assign_models": "generate_responses",
-    "generate_responses": "rate_responses rate_again score_responses build_pairs make_tables",
+    "generate_responses": "rate_responses rate_again score_responses build_pairs make_tables write_release",
     "rate_responses": "parse_ratings",
     "parse_ratings": "score_responses assess_judge",
     "rate_again": "parse_again",
     "parse_again": "assess_judge",
     "assess_judge": "make_tables",
-    "score_responses": "build_pairs make_tables plot_figures write_cards",
+    "score_responses": "build_pairs make_tables plot_figures write_release",
     "build_pairs": "train_reward_model score_pairs rank_pairs evaluate_rewards evaluate_rankings train_policy select_checkpoint"
-    " make_tables plot_figures write_cards summarise_run",
+    " make_tables plot_figures write_release summarise_run",
     "train_reward_model": "score_pairs rank_samples plot_figures",
     "score_pairs": "evaluate_rewards",
     "rank_pairs": "evaluate_rankings",
@@ -57,6 +57,7 @@ READERS = {  # rule -> rules that read its outputs
     "make_tables": "write_report",
     "plot_figures": "write_report",
     "write_cards": "write_report",
+    "write_release": "write_report",
     "write_report": "",
     "summarise_run": "",
 }
@@ -172,11 +173,16 @@ MATRIX = [
         "generate_responses build_pairs sample_responses rank_samples answer_opponent answer_speeches",
         {},
     ),
-    ("the judge", study(ratings={"judge": "rubric"}), "rate_responses rate_again make_tables write_cards write_report summarise_run", {}),
+    (
+        "the judge",
+        study(ratings={"judge": "rubric"}),
+        "rate_responses rate_again make_tables write_release write_cards write_report summarise_run",
+        {},
+    ),
     (
         "all principles in one call",
         study(ratings={"protocol": "together"}),
-        "rate_responses rate_again make_tables write_report",
+        "rate_responses rate_again make_tables write_release write_cards write_report",
         {"generate_responses": 0},
     ),
     (
@@ -194,7 +200,7 @@ MATRIX = [
     ("one pool model's sampling", text(*WARMER), "generate_responses", {"generate_responses": 1, "assign_models": 0}),
     ("a model added to the pool", another_pool(*POOL, "scripted-kind"), "assign_models generate_responses", {"generate_responses": 6}),
     ("a model removed from the pool", another_pool(*POOL[:-1]), "assign_models", {"generate_responses": 4}),
-    ("the gap of a pair", study(pairs={"min_gap": 2.0}), "build_pairs assess_judge write_report", {"rate_responses": 0}),
+    ("the gap of a pair", study(pairs={"min_gap": 2.0}), "build_pairs assess_judge write_release write_report", {"rate_responses": 0}),
     ("the split seed", study(split={"seed": 5}), "split_speeches", {"label_topics": 0}),
     ("the near-duplicate threshold", study(speeches={"near_duplicates": {"drop_above": 0.9}}), "select_speeches", {"read_source": 0}),
     ("whether personal data are masked", study(speeches={"personal_data": "keep"}), "select_speeches write_report", {"read_source": 0}),
@@ -236,7 +242,12 @@ MATRIX = [
         "",
         {},
     ),
-    ("a model's title", text("tests/workflow/micro_models.yaml", "scripted, terse", "scripted, short"), "make_tables plot_figures", {}),
+    (
+        "a model's title",
+        text("tests/workflow/micro_models.yaml", "scripted, terse", "scripted, short"),
+        "make_tables plot_figures write_release",
+        {},
+    ),
     ("the time stamps of all files", touch_all, "", {}),
     ("a raw source", text("resources/demo/speeches.jsonl", "the", "teh"), "fetch_source", {"fetch_source": 1}),
     ("a raw source by an older one", older_source, "fetch_source", {"fetch_source": 1}),
@@ -252,7 +263,7 @@ MATRIX = [
     (
         "an output deleted that a change needs",
         both(delete("04_ratings/scores.jsonl"), study(pairs={"min_gap": 2.0})),
-        "score_responses build_pairs assess_judge write_report",
+        "score_responses build_pairs assess_judge write_release write_report",
         {},
     ),
 ]
@@ -322,7 +333,7 @@ def test_an_output_edited_by_hand_stops_what_reads_it(copy):
     before, scores = len(copy.server.requests), copy.path("04_ratings/scores.jsonl")
     scores.write_text(scores.read_text().replace('"overall":1.0', '"overall":5.0', 1))
     jobs, changed = dry_run(copy)
-    assert set(jobs) == closure("build_pairs make_tables plot_figures write_cards")
+    assert set(jobs) == closure("build_pairs make_tables plot_figures write_release")
     assert not changed
     done = copy.snakemake(*STUDY)
     assert done.returncode != 0
