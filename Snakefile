@@ -23,6 +23,7 @@ else:
 
 
 include: "rules/speeches.smk"
+include: "rules/contamination.smk"
 include: "rules/reward_models.smk"
 include: "rules/policies.smk"
 include: "rules/evaluation.smk"

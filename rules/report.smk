@@ -8,6 +8,7 @@ TABLES = [
     "pairs",
     "judge_consistency",
     "judge_positions",
+    "contamination",
     "reward_models",
     "reward_ablation",
     "win_rates",
@@ -26,6 +27,7 @@ rule make_tables:
         judge=flow.judge_assessment(),
         metrics=[*flow.scorers_with_metrics(), *flow.benchmark_metrics()],
         win_rates=flow.win_rates(),
+        contamination=flow.results("05_pairs/contamination.json"),
         taxonomy=config["files"]["taxonomy"],
         paper=config["files"]["paper"],
     output:
@@ -55,6 +57,7 @@ rule make_tables:
         "python scripts/make_tables.py --speeches {input.speeches} --dropped {input.dropped} --unanswered {input.unanswered}"
         " --unscored {input.unscored} --scores {input.scores} --pairs {input.pairs} --judge {input.judge}"
         " --reward-metrics {input.metrics} --win-rates {input.win_rates}"
+        " --contamination {input.contamination}"
         " --taxonomy {input.taxonomy} --paper {input.paper} --settings {params.settings:q} --out-dir {params.folder} 2> {log}"
 
 

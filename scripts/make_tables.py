@@ -1,10 +1,11 @@
 """Make the paper's tables from a run: each as CSV, Markdown, LaTeX and HTML, the paper's figures beside the measured ones.
 
 dataset (section 3), topics (Table 5), pool (Table 6), model_groups and pairs (section 3.3), judge_consistency and
-judge_positions (how steady the judge of the responses is), reward_models (Table 1), reward_ablation (Table 2), win_rates
-(Table 3), and lengths (answer lengths and order effects behind Table 3). A row of the paper stands under the row of the
-model that the settings map to it; the paper's other rows stand apart, at the end. A cell without a value is "n/a" with a
-footnote that says why. Inputs that a run does not have (no speeches where it starts at pairs) are left out.
+judge_positions (how steady the judge of the responses is), contamination (near duplicates of what is tested on),
+reward_models (Table 1), reward_ablation (Table 2), win_rates (Table 3), and lengths (answer lengths and order effects behind
+Table 3). A row of the paper stands under the row of the model that the settings map to it; the paper's other rows stand apart,
+at the end. A cell without a value is "n/a" with a footnote that says why. Inputs that a run does not have (no speeches where
+it starts at pairs) are left out.
 """
 
 from collections import Counter
@@ -15,7 +16,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from psychocounsel.config import load_registry
-from psychocounsel.data_tables import judge_consistency_table, judge_positions_table, model_groups_table, pairs_table
+from psychocounsel.data_tables import (
+    contamination_table,
+    judge_consistency_table,
+    judge_positions_table,
+    model_groups_table,
+    pairs_table,
+)
 from psychocounsel.errors import UserError
 from psychocounsel.pool import CHOSEN, REJECTED, RESPONSES, SCORE, Pool, SizeClass, splits
 from psychocounsel.stage import Settings, command_line, dropped_by_reason, stage
@@ -30,6 +37,8 @@ NOT_REPORTED = "The paper does not report it."
 OF_SCORES = ("dataset", "pool", "model_groups", "pairs", "judge_consistency", "judge_positions")  # tables that name who scored
 UNANSWERED = "no usable answer of the model"
 PERSONAL_DATA = {"email": "e-mail addresses", "phone": "telephone numbers", "url": "web addresses"}
+TOPIC_FROM = "Where the topic is from"
+TOPICS_FROM = {"source": "The source's label", "judge": "The judge's choice", "embedding": "Nearest by embedding"}
 SHORT_TOPICS = {  # column heads of Table 3
     "core_mental_health_issues": "Mental Issues",
     "emotional_well_being": "Emotional Well-being",
@@ -123,6 +132,7 @@ def main() -> None:
     parser.add_argument("--judge", nargs="*", default=[], help="assessment of the judge of the responses")
     parser.add_argument("--reward-metrics", nargs="*", default=[], help="metrics of reward models and rankers, RewardBench's among them")
     parser.add_argument("--win-rates", nargs="*", default=[], help="win rates of policies")
+    parser.add_argument("--contamination", nargs="*", default=[], help="report of near duplicates")
     parser.add_argument("--taxonomy", required=True, help="config/taxonomy.yaml")
     parser.add_argument("--paper", required=True, help="config/paper.yaml: the figures that the paper reports")
     parser.add_argument("--out-dir", required=True, help="folder for <table>.csv, .md, .tex and .html")
@@ -137,9 +147,12 @@ def main() -> None:
         judge = [read_result(run.uses(file), "judge") for file in args.judge]
         metrics = [read_result(run.uses(file), "metrics") for file in args.reward_metrics]
         win_rates = [read_result(run.uses(file), "win_rates") for file in args.win_rates]
+        contamination = [read_result(run.uses(file), "contamination") for file in args.contamination]
         taxonomy = load_registry([run.uses(args.taxonomy)], "taxonomy")["coarse"]
         paper = load_registry([run.uses(args.paper)], "paper")
-        tables = all_tables(speeches, dropped, unanswered, unscored, scores, pairs, judge, metrics, win_rates, taxonomy, paper, settings)
+        tables = all_tables(
+            speeches, dropped, unanswered, unscored, scores, pairs, judge, metrics, win_rates, contamination, taxonomy, paper, settings
+        )
         for table in tables:
             for ending, render in FORMATS.items():
                 run.write_text(Path(args.out_dir) / f"{table.name}.{ending}", render(table))
@@ -156,6 +169,7 @@ def all_tables(
     judge: list[dict],
     metrics: list[dict],
     win_rates: list[dict],
+    contamination: list[dict],
     taxonomy: dict,
     paper: dict,
     settings: TableSettings,
@@ -174,6 +188,7 @@ def all_tables(
         pairs_table(speeches, scores, pairs, paper["dataset"], settings.bootstrap, settings.seed),
         judge_consistency_table(judge[0] if judge else None, dict(settings.ratings.principles), settings.ratings.offline),
         judge_positions_table(judge[0] if judge else None, dict(settings.ratings.principles), settings.ratings.offline),
+        contamination_table(contamination[0] if contamination else None, settings.title),
         reward_model_table(on_test_pairs, paper, settings),
         ablation_table(on_test_pairs, on_benchmark, paper["reward_ablation"], settings),
         win_rate_table(rates, speeches, topics, paper["win_rates"], settings),
@@ -285,20 +300,23 @@ def topic_table(speeches: list[dict], taxonomy: dict, settings: TableSettings) -
     cells = Counter((speech["topic"], speech["split"]) for speech in speeches)
     groups = []
     for coarse in taxonomy.values():
-        rows = [topic_row(topic, [topic], cells, len(speeches), entry["paper_count"]) for topic, entry in coarse["fine"].items()]
+        rows = [topic_row(topic, [topic], cells, len(speeches), count(entry["paper_count"])) for topic, entry in coarse["fine"].items()]
         groups.append(
-            (coarse["title"], [topic_row("All of these", list(coarse["fine"]), cells, len(speeches), coarse["paper_count"]), *rows])
+            (coarse["title"], [topic_row("All of these", list(coarse["fine"]), cells, len(speeches), count(coarse["paper_count"])), *rows])
         )
+    origins = Counter((speech["topic_from"], speech["split"]) for speech in speeches)
+    unknown = Missing(NOT_REPORTED)
+    groups.append((TOPIC_FROM, [topic_row(title, [name], origins, len(speeches), unknown) for name, title in TOPICS_FROM.items()]))
     columns = ["Topic", "Train", "Dev", "Test", "All", "Share (%)", "Paper"]
     return Table("topics", "Client speeches by topic (Table 5)", columns, groups, [])
 
 
-def topic_row(title: str, topics: list[str], cells: Counter, total: int, reported: int) -> Row:
-    """Counts of one or several topics by split."""
+def topic_row(title: str, topics: list[str], cells: Counter, total: int, reported: Cell) -> Row:
+    """Counts of one or several topics, or origins of topics, by split."""
     if not total:
-        return Row([title, *[Missing("This run starts at pairs, without speeches of its own.")] * 5, count(reported)])
+        return Row([title, *[Missing("This run starts at pairs, without speeches of its own.")] * 5, reported])
     sides = [sum(cells[topic, side] for topic in topics) for side in ("train", "dev", "test")]
-    return Row([title, *map(count, sides), count(sum(sides)), Number(100 * sum(sides) / total, 1), count(reported)])
+    return Row([title, *map(count, sides), count(sum(sides)), Number(100 * sum(sides) / total, 1), reported])
 
 
 def pool_table(pool: Pool, settings: TableSettings) -> Table:

@@ -9,30 +9,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from psychocounsel.errors import UserError
-from psychocounsel.near_duplicates import find_near_duplicates
+from psychocounsel.near_duplicates import NearDuplicateSettings, find_near_duplicates
 from psychocounsel.personal_data import mask
 from psychocounsel.sampling import hash_order
 from psychocounsel.stage import Settings, command_line, dropped_by_reason, stage
 from psychocounsel.texts import normalise, speech_id
-
-
-class NearDuplicateSettings(Settings):
-    """When two speeches are too similar (Jaccard similarity of their character shingles)."""
-
-    drop_above: float = Field(description="Jaccard similarity above which a speech is dropped", gt=0, le=1)
-    cluster_above: float = Field(description="similarity above which speeches are kept in one cluster", gt=0, le=1)
-    shingle_chars: int = Field(description="characters of a shingle", ge=1)
-    permutations: int = Field(description="length of a MinHash sketch", ge=16)
-
-    @model_validator(mode="after")
-    def in_order(self) -> "NearDuplicateSettings":
-        """Refuse thresholds in the wrong order."""
-        if self.cluster_above > self.drop_above:
-            raise ValueError("cluster_above is greater than drop_above")
-        return self
 
 
 class SelectSettings(Settings):

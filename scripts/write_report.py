@@ -22,7 +22,7 @@ from psychocounsel.winrates import verdicts_by_speech
 SECTIONS = [  # heading, tables, figures; what a run does not have is left out
     (
         "The data set",
-        ["dataset", "topics", "pairs", "pool", "model_groups", "judge_consistency", "judge_positions"],
+        ["dataset", "topics", "pairs", "pool", "model_groups", "judge_consistency", "judge_positions", "contamination"],
         ["dataset", "pairs", "chosen_models", "rejected_models", "model_groups"],
     ),
     ("Reward models", ["reward_models", "reward_ablation"], ["training_reward_models"]),

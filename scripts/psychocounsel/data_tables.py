@@ -1,6 +1,8 @@
-"""Tables of what was made of the responses (paper, section 3.3): pairs, the pool's groups of models; and of how steady their judge is."""
+"""Tables of what was made of the responses (paper, section 3.3): pairs, the pool's groups of models; how steady their judge is;
+and what is tested on that was trained on."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,6 +28,32 @@ LABELS = {
 ALL_PRINCIPLES = "All principles"
 WHY_NO_PAIR = ("without: fewer than two scored responses", "without: no candidate was kept")
 SIDES = {"Train": ("train",), "Dev": ("dev",), "Test": ("test",), "All": ("train", "dev", "test")}
+
+
+# Contamination
+
+
+def contamination_table(report: dict | None, title: Callable[[str], str]) -> Table:
+    """Near duplicates of what is tested on in each set of data that is trained on."""
+    columns = ["Data", "Side", "Prompts", "Similar", "Repeated", "Prompts tested on", "Similar (%)", "Answers", "Equal answers"]
+    groups: dict[str, list[Row]] = {}
+    for found in report["comparisons"] if report else []:
+        share = 100 * found["tested_similar"] / found["tested_prompts"] if found["tested_prompts"] else None
+        cells = [
+            title(found["data"]), found["split"], count(found["prompts"]), count(found["similar"]), count(found["repeated"]),
+            count(found["tested_prompts"]), Missing("Nothing was tested on.") if share is None else Number(share, 2),
+            count(found["answers"]), count(found["equal_answers"]),
+        ]  # fmt: skip
+        groups.setdefault(f"Tested on: {title(found['tested'])}", []).append(Row(cells))
+    notes = []
+    if report:
+        near = report["near_duplicates"]
+        notes = [
+            f"Similar: Jaccard similarity of runs of {near['shingle_chars']} characters with a prompt tested on above"
+            f" {near['cluster_above']}; repeated: above {near['drop_above']}. At the lower threshold {near['recall']:.0%} are found.",
+            "Similar (%): of the prompts tested on, those with a similar one in this data. Equal answers: also answers of pairs tested on.",
+        ]
+    return Table("contamination", "Near duplicates of what is tested on in what is trained on", columns, list(groups.items()), notes)
 
 
 # Pairs

@@ -50,6 +50,7 @@ KINDS = [  # files of a run -> what stands in them; the first that fits
     ("04_ratings/judge.json", "judge"),
     ("04_ratings/scores.dropped.jsonl", "unscored"),
     ("04_ratings/scores.jsonl", "score"),
+    ("05_pairs/contamination.json", "contamination"),
     ("05_pairs/*.jsonl", "pair"),
     ("06_reward_models/*predictions.jsonl", "prediction"),
     ("06_reward_models/*rankings.jsonl", "ranking_answer"),
@@ -89,6 +90,17 @@ METRICS = {  # columns of the tables of reward models -> metric, and how it is c
     "NLL": ("nll", "mean of -log sigmoid(reward of chosen - reward of rejected) over the pairs"),
     "Temperature": ("temperature", "the T > 0 for which the margins divided by T have the least NLL"),
     "Pairs": ("n", "number of pairs with a usable verdict"),
+}
+RESULTS = ("judge", "metrics", "win_rates", "contamination")  # kinds of JSON results that tables are made of
+CONTAMINATION = {  # columns of the table of contamination -> formula
+    "Side": "the side of the data that is compared",
+    "Prompts": "number of different prompts in the data",
+    "Similar": "number of prompts in the data similar to one tested on",
+    "Repeated": "number of prompts in the data that repeat one tested on",
+    "Prompts tested on": "number of different prompts tested on",
+    "Similar (%)": "100 x share of the prompts tested on that have a similar one in the data",
+    "Answers": "number of different answers in the data's pairs",
+    "Equal answers": "number of these that are answers in pairs tested on too",
 }
 PAIRS = {  # rows of the table of pairs -> formula
     "All speeches": "number of speeches",
@@ -335,7 +347,7 @@ class Lineage:
             by_kind[self.kind(item["path"])].append(item["path"])
         kinds = ("speech", "dropped_row", "failure", "unscored", "score", "pair")
         records = ([row for path in by_kind[kind] for _, row in self.rows(path)] for kind in kinds)
-        results = ([read_result(Path(path), kind) for path in by_kind[kind]] for kind in ("judge", "metrics", "win_rates"))
+        results = ([read_result(Path(path), kind) for path in by_kind[kind]] for kind in RESULTS)
         files = self.flow.config["files"]
         registries = load_registry([Path(files["taxonomy"])], "taxonomy")["coarse"], load_registry([Path(files["paper"])], "paper")
         self.settings = parse_settings(make_tables.TableSettings, identity["settings"])
@@ -373,12 +385,15 @@ class Lineage:
 
     def under_topics(self, cell: Cell) -> tuple[str, list[Node]]:
         """Speeches of a topic."""
-        coarse = load_registry([Path(self.flow.config["files"]["taxonomy"])], "taxonomy")["coarse"].values()
-        group = next(entry for entry in coarse if entry["title"] == cell.group)
-        topics = set(group["fine"]) if cell.name == "All of these" else {cell.name}
-        split = cell.column.lower()
-        formula = "100 x speeches on the topic / all speeches" if cell.column == "Share (%)" else "number of speeches on the topic"
-        return formula, self.counted(cell, "speech", lambda row: row["topic"] in topics and split in (row["split"], "all", "share (%)"))
+        if cell.group == make_tables.TOPIC_FROM:
+            field, values = "topic_from", {name for name, title in make_tables.TOPICS_FROM.items() if title == cell.name}
+        else:
+            coarse = load_registry([Path(self.flow.config["files"]["taxonomy"])], "taxonomy")["coarse"].values()
+            group = next(entry for entry in coarse if entry["title"] == cell.group)
+            field, values = "topic", set(group["fine"]) if cell.name == "All of these" else {cell.name}
+        split, what = cell.column.lower(), "with a topic from there" if field == "topic_from" else "on the topic"
+        formula = f"100 x speeches {what} / all speeches" if cell.column == "Share (%)" else f"number of speeches {what}"
+        return formula, self.counted(cell, "speech", lambda row: row[field] in values and split in (row["split"], "all", "share (%)"))
 
     def under_pool(self, cell: Cell) -> tuple[str, list[Node]]:
         """Scores and pairs of a model."""
@@ -428,6 +443,22 @@ class Lineage:
         if cell.group == "Candidate pairs" and cell.name != "Kept as pairs":
             return PAIRS[cell.name], [*self.counted(cell, "score", lambda row: row["speech_id"] in on_side), *pairs]
         return PAIRS.get(cell.name, "number of pairs with a gap in these bounds"), pairs
+
+    def under_contamination(self, cell: Cell) -> tuple[str, list[Node]]:
+        """Examples of near duplicates, by the ids of their prompts."""
+        path = self.inputs(cell.path, "contamination")[0]
+        found = next(
+            found
+            for found in read_result(Path(path), "contamination")["comparisons"]
+            if (f"Tested on: {self.settings.title(found['tested'])}", self.settings.title(found["data"]), found["split"])
+            == (cell.group, cell.name, cell.row["Side"])
+        )
+        shown = self.few(found["examples"])
+        examples = [Node(f"{one['data']} is like {one['tested']}, similarity {one['similarity']:.3f}", path) for one in shown]
+        return CONTAMINATION[cell.base], [
+            Node("report of near duplicates", path, under=examples, more=len(found["examples"]) - len(shown)),
+            *(Node("what was compared", item["path"]) for item in self.record(path)["identity"]["inputs"]),
+        ]
 
     def under_reward_models(self, cell: Cell) -> tuple[str, list[Node]]:
         """Metrics on the test pairs."""

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from pydantic import Field, model_validator
 from rensa import RMinHash
+
+from psychocounsel.stage import Settings
 
 RECALL = 0.98  # least chance that a pair at the lower threshold is proposed; it rises steeply above the threshold
 DEVIATIONS = 4  # a proposed pair whose sketches agree in less than the threshold by so many standard deviations is not compared
@@ -21,6 +24,22 @@ CHUNK = 4096  # texts that are sketched at a time: some 20 MB of hashes
 PARALLEL = 8 * CHUNK  # so many texts are worth a process a core
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio, as in Fibonacci hashing: odd, so nothing is lost
 SHIFT = np.uint64(29)
+
+
+class NearDuplicateSettings(Settings):
+    """When two speeches are too similar (Jaccard similarity of their character shingles)."""
+
+    drop_above: float = Field(description="Jaccard similarity above which a speech is dropped", gt=0, le=1)
+    cluster_above: float = Field(description="similarity above which speeches are kept in one cluster", gt=0, le=1)
+    shingle_chars: int = Field(description="characters of a shingle", ge=1)
+    permutations: int = Field(description="length of a MinHash sketch", ge=16)
+
+    @model_validator(mode="after")
+    def in_order(self) -> "NearDuplicateSettings":
+        """Refuse thresholds in the wrong order."""
+        if self.cluster_above > self.drop_above:
+            raise ValueError("cluster_above is greater than drop_above")
+        return self
 
 
 @dataclass(frozen=True)
@@ -72,17 +91,15 @@ def keep_first(texts: list[str], index: "Index", drop_above: float, cluster_abov
 
 def matches_between(
     texts: list[str], others: list[str], *, above: float, shingle_chars: int, permutations: int, seed: int
-) -> dict[int, tuple[int, float]]:
-    """Return {index in `others`: (index of the closest in `texts`, similarity)} where their similarity is above `above`."""
+) -> list[tuple[int, int, float]]:
+    """Return (index in `texts`, index in `others`, similarity) of every two whose similarity is above `above`, as far as proposed."""
     index = Index(sketch([*texts, *others], shingle_chars, permutations, seed), above)
     for i in range(len(texts)):
         index.add(i)
-    found = {}
-    for i, other in enumerate(others):
-        similar = similarities(other, {j: texts[j] for j in index.proposed(len(texts) + i)}, shingle_chars)
-        closest = max(similar, key=similar.__getitem__, default=None)
-        if closest is not None and similar[closest] > above:
-            found[i] = closest, similar[closest]
+    found = []
+    for j, other in enumerate(others):
+        similar = similarities(other, {i: texts[i] for i in index.proposed(len(texts) + j)}, shingle_chars)
+        found += [(i, j, similarity) for i, similarity in similar.items() if similarity > above]
     return found
 
 

@@ -75,7 +75,8 @@ class Presentation:
         ablation = self.config["reward_evaluation"]["ablation"]
         ours = [name for name in flow.reward_models if name not in ablation]
         rewards = [("Published reward models", flow.baselines), ("Prompted rankers", flow.rankers), ("Reward models of this run", ours)]
-        names = [*flow.pool, *flow.sources, *flow.baselines, *flow.rankers, *flow.reward_models, *flow.policies]
+        data = [OURS, *flow.sources, *flow.general_preferences]
+        names = [*data, *flow.pool, *flow.baselines, *flow.rankers, *flow.reward_models, *flow.policies]
         return dict(
             titles=self.titles(names),
             pool=self.size_classes(),

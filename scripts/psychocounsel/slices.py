@@ -224,6 +224,13 @@ class Slices:
         return {"prompt": self.study.prompt(self.config["responses"]["prompt"])}
 
     @settings
+    def report_contamination(self, wildcards) -> dict:
+        """The measure by which speeches are selected; the sides of given pairs are taken as they are."""
+        return dict(
+            near_duplicates=self.config["speeches"]["near_duplicates"], seed=self.config["seed"], own_split=not self.flow.starts_at_pairs
+        )
+
+    @settings
     def prepare_model(self, wildcards) -> dict:
         """Embedded weights: the package that holds them and their sha256."""
         return dict(**self.flow.embedded_weights[wildcards.weights])

@@ -193,6 +193,23 @@ class Workflow:
         data = self.study.reward_models[reward_model]["data"]
         return [self.results(f"05_pairs/{split}.jsonl" if name == OURS else f"05_pairs/{name}/{split}.jsonl") for name in data]
 
+    def _other_preferences(self) -> dict[str, list[str]]:
+        """Return, by option of report_contamination, NAME=FILE of the other data that is trained on, and of the benchmark."""
+        benchmark = self.config["reward_evaluation"]["benchmark"]
+        parts = {"--data": (self.preference_sources, ("train", "dev")), "--benchmark": ([benchmark] if benchmark else [], ("test",))}
+        return {
+            flag: [f"{name}={self.results(f'05_pairs/{name}/{split}.jsonl')}" for name in names for split in splits]
+            for flag, (names, splits) in parts.items()
+        }
+
+    def other_preferences(self) -> list[str]:
+        """The preference data beside the run's own: what reward models are trained on, and the benchmark."""
+        return [word.partition("=")[2] for words in self._other_preferences().values() for word in words]
+
+    def contamination_options(self) -> str:
+        """The same as command-line options."""
+        return " ".join(option(flag, words) for flag, words in self._other_preferences().items() if words)
+
     def benchmark_pairs(self, wildcards) -> str:
         """The pairs of the general benchmark."""
         return self.results(f"05_pairs/{self.config['reward_evaluation']['benchmark']}/test.jsonl")

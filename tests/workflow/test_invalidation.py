@@ -26,9 +26,8 @@ READERS = {  # rule -> rules that read its outputs
     "read_source": "select_speeches make_tables",
     "select_speeches": "label_topics split_speeches make_tables",
     "label_topics": "split_speeches",
-    "split_speeches": "assign_models generate_responses rate_responses rate_again build_pairs sample_prompts answer_opponent"
-    " answer_speeches"
-    " judge_answers compute_win_rates make_tables plot_figures write_release write_report summarise_run",
+    "split_speeches": "assign_models generate_responses rate_responses rate_again build_pairs report_contamination sample_prompts"
+    " answer_opponent answer_speeches judge_answers compute_win_rates make_tables plot_figures write_release write_report summarise_run",
     "assign_models": "generate_responses",
     "generate_responses": "rate_responses rate_again score_responses build_pairs make_tables write_release",
     "rate_responses": "parse_ratings",
@@ -37,8 +36,9 @@ READERS = {  # rule -> rules that read its outputs
     "parse_again": "assess_judge",
     "assess_judge": "make_tables",
     "score_responses": "build_pairs make_tables plot_figures write_release",
-    "build_pairs": "train_reward_model score_pairs rank_pairs evaluate_rewards evaluate_rankings train_policy select_checkpoint"
-    " make_tables plot_figures write_release summarise_run",
+    "build_pairs": "report_contamination train_reward_model score_pairs rank_pairs evaluate_rewards evaluate_rankings train_policy"
+    " select_checkpoint make_tables plot_figures write_release summarise_run",
+    "report_contamination": "make_tables",
     "train_reward_model": "score_pairs rank_samples plot_figures",
     "score_pairs": "evaluate_rewards",
     "rank_pairs": "evaluate_rankings",
@@ -220,7 +220,7 @@ MATRIX = [
     ("the format of a table", text("scripts/make_tables.py", "{first:.1f}", "{first:.2f}"), "make_tables", {}),
     ("a comment everywhere in code and rules", comments, "", {}),
     ("a docstring", text("scripts/psychocounsel/chat.py", '"""The one client', '"""The only client'), "", {}),
-    ("a module that only one program imports", text("scripts/psychocounsel/near_duplicates.py", "+ 1", "+ 2"), "select_speeches", {}),
+    ("the module of near duplicates", text("scripts/psychocounsel/near_duplicates.py", "0.98", "0.99"), "select_speeches", {}),
     ("a module of two programs", text("scripts/psychocounsel/winrates.py", "0.5", "0.25"), "compute_win_rates write_report", {}),
     ("the chat client", text("scripts/psychocounsel/chat.py", *CLIENT_EDIT), ASKING, {}),
     ("how requests are carried", text("scripts/psychocounsel/line.py", "S = 1.0, 60.0", "S = 1.0, 30.0"), "", {}),
