@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from make_tables import (
+    TOPIC_FROM,
     ORIENTATION,
     TableSettings,
     ablation_table,
@@ -254,9 +255,19 @@ def test_responses_left_out_are_counted_by_reason():
 
 def test_topics_of_the_paper_add_up():
     made = topic_table([], TAXONOMY, settings())
-    by_topic = [row.cells for _, row in made.rows()]
+    by_topic = [row.cells for group, row in made.rows() if group != TOPIC_FROM]
     assert sum(row[-1].value for row in by_topic if row[0] == "All of these") == PAPER["dataset"]["speeches"]["total"]
     assert sum(row[-1].value for row in by_topic if row[0] != "All of these") == PAPER["dataset"]["speeches"]["total"]
+
+
+def test_it_is_told_where_topics_are_from():
+    origins = [("source", "train"), ("source", "test"), ("judge", "train"), ("embedding", "dev")]
+    speeches = [{"topic": "anxiety", "topic_from": origin, "split": split} for origin, split in origins]
+    rows = [row.cells for group, row in topic_table(speeches, TAXONOMY, settings()).rows() if group == TOPIC_FROM]
+    made = {row[0]: [cell.value for cell in row[1:6]] for row in rows}
+    assert made == {
+        "The source's label": [1, 0, 1, 2, 50], "The judge's choice": [1, 0, 0, 1, 25], "Nearest by embedding": [0, 1, 0, 1, 25],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("render", FORMATS.values())
