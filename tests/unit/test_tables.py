@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from make_tables import (
-    TOPIC_FROM,
     ORIENTATION,
+    TOPIC_FROM,
     TableSettings,
     ablation_table,
     dataset_table,
