@@ -5,7 +5,7 @@ difference of mean scores. Self-consistency needs ratings of a sample that was a
 repeat and reversed), in the same order or in the reverse one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pydantic import Field
 
@@ -52,13 +52,19 @@ def main() -> None:
 
 def read_ratings(run: Stage, file: str) -> tuple[str, Ratings]:
     """Return the judge and its ratings; raise UserError where there are none, or some of another judge or on another principle."""
-    rows = run.read(file, "rating")
-    judges, principles = {row["judge"] for row in rows}, {row["principle"] for row in rows}
+    judges: set[str] = set()
+
+    def rows() -> Iterator[dict]:
+        for row in run.each(file, "rating"):
+            if row["principle"] not in run.settings.principles:
+                raise UserError(f"{file}: unknown principle {row['principle']!r}; the settings have {', '.join(run.settings.principles)}")
+            judges.add(row["judge"])
+            yield row
+
+    ratings = as_ratings(rows(), run.settings.principles)
     if len(judges) != 1:
         raise UserError(f"{file}: expected ratings of one judge, found {sorted(judges) or 'none'}")
-    if unknown := sorted(principles - set(run.settings.principles)):
-        raise UserError(f"{file}: unknown principle {unknown[0]!r}; the settings have {', '.join(run.settings.principles)}")
-    return judges.pop(), as_ratings(rows, run.settings.principles)
+    return judges.pop(), ratings
 
 
 def asked_again(run: Stage, word: str, judge: str, first: Ratings) -> dict:

@@ -6,6 +6,9 @@ again without asking the judge.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from operator import itemgetter
 
 from pydantic import Field
 
@@ -27,21 +30,28 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="ratings, one a response and principle")
     parser.add_argument("--failed", required=True, help="answers that do not parse, with the reason")
     with stage(parser) as run:
-        answers = run.read(run.args.answers, "rating_answer")
-        check_answers(answers, run.settings.principles, run.args.answers)
-        ratings, failures = [], []
-        for answer in answers:
-            try:
-                ratings += rating_rows(answer, run.settings.principles)
-            except ValueError as error:
-                failures.append(failure_row(f"{answer['speech_id']}/{answer['principle'] or answer['protocol']}", answer, error))
-        run.account("answers", len(answers), len(answers) - len(failures), {"does not parse": len(failures)})
-        run.write(run.args.out, ratings, "rating", sort_by=lambda row: (row["speech_id"], row["response_id"], row["principle"]))
+        read: list[dict] = []  # of each answer, what it is about: the texts are too many to keep
+        failures: list[dict] = []
+
+        def ratings() -> Iterator[dict]:
+            for _, answers in groupby(run.each(run.args.answers, "rating_answer"), key=itemgetter("speech_id")):
+                rows: list[dict] = []
+                for answer in answers:
+                    read.append({name: answer[name] for name in ("speech_id", "principle", "protocol")})
+                    try:
+                        rows += rating_rows(answer, run.settings.principles)
+                    except ValueError as error:
+                        failures.append(failure_row(f"{answer['speech_id']}/{answer['principle'] or answer['protocol']}", answer, error))
+                yield from sorted(rows, key=itemgetter("response_id", "principle"))
+
+        run.write(run.args.out, ratings(), "rating")
+        check_answers(read, run.settings.principles, run.args.answers)
+        run.account("answers", len(read), len(read) - len(failures), {"does not parse": len(failures)})
         run.write(run.args.failed, failures, "failure", sort_by="request_id")
 
 
 def check_answers(answers: list[dict], principles: list[str], file: str) -> None:
-    """Raise UserError for an unknown principle, for two answers on one speech and principle, or for answers of two protocols."""
+    """Raise UserError for an unknown principle, two answers on one speech and principle, two protocols, or speeches out of order."""
     if len(protocols := {answer["protocol"] for answer in answers}) > 1:
         raise UserError(f"{file}: answers of the protocols {' and '.join(sorted(protocols))}; scores of the two must not be mixed")
     counts = Counter((answer["speech_id"], answer["principle"]) for answer in answers)
@@ -51,6 +61,8 @@ def check_answers(answers: list[dict], principles: list[str], file: str) -> None
         if count > 1:
             on = repr(principle) if principle else "all principles"
             raise UserError(f"{file}: speech {speech_id} was rated {count} times on {on}; one answer is expected")
+    if any(earlier["speech_id"] > later["speech_id"] for earlier, later in pairwise(answers)):
+        raise UserError(f"{file}: its answers are not sorted by speech_id, as rate_responses.py writes them")
 
 
 def rating_rows(answer: dict, principles: list[str]) -> list[dict]:

@@ -5,6 +5,7 @@ a score on every principle has no overall score and makes no pair; it goes to th
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 from pydantic import Field
 
@@ -26,24 +27,24 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="scores, one a response")
     parser.add_argument("--dropped", required=True, help="responses without a score on every principle")
     with stage(parser) as run:
-        ratings = scores_by_response(run.read(run.args.ratings, "rating"), run.settings.principles, run.args.ratings)
-        responses = [response for file in run.args.responses for response in run.read(file, "response")]
+        ratings = scores_by_response(run.each(run.args.ratings, "rating"), run.settings.principles, run.args.ratings)
+        names = ("response_id", "speech_id", "model")
+        responses = [{name: row[name] for name in names} for file in run.args.responses for row in run.each(file, "response")]
         if stray := ratings.keys() - {response["response_id"] for response in responses}:
             raise UserError(f"{run.args.ratings}: response {min(stray)} is in none of the files of responses")
         scores, unscored = [], []
         for response in responses:
             given = ratings.get(response["response_id"], {})
-            facts = {key: response[key] for key in ("response_id", "speech_id", "model")}
             if missing := [p for p in run.settings.principles if p not in given]:
-                unscored.append({**facts, "reason": "some principles not rated" if given else "not rated", "missing": missing})
+                unscored.append({**response, "reason": "some principles not rated" if given else "not rated", "missing": missing})
             else:
-                scores.append({**facts, **overall_score({p: given[p] for p in run.settings.principles})})
+                scores.append({**response, **overall_score({p: given[p] for p in run.settings.principles})})
         run.account("responses", len(responses), len(scores), dropped_by_reason(unscored))
         run.write(run.args.out, scores, "score", sort_by="response_id")
         run.write(run.args.dropped, unscored, "unscored", sort_by="response_id")
 
 
-def scores_by_response(ratings: list[dict], principles: list[str], file: str) -> dict[str, dict[str, int]]:
+def scores_by_response(ratings: Iterable[dict], principles: list[str], file: str) -> dict[str, dict[str, int]]:
     """Return response id -> principle -> score; raise UserError for a principle that is unknown or rated twice."""
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for rating in ratings:

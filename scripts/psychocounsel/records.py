@@ -39,16 +39,20 @@ def iter_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
 
 def read_records(path: Path | str, kind: str) -> list[dict]:
     """Read a file of records of one kind; raise UserError with file and line for the first that does not fit."""
-    check, rows = validator(kind), []
+    return list(iter_records(path, kind))
+
+
+def iter_records(path: Path | str, kind: str) -> Iterator[dict]:
+    """Yield the records of a file one by one, for a file that is too long to keep; raise UserError as read_records does."""
+    check = validator(kind)
     try:
         for number, row in iter_json_lines(Path(path)):
             try:
-                rows.append(check(row))
+                yield check(row)
             except fastjsonschema.JsonSchemaValueException as error:
                 raise UserError(f"{path}:{number}: not a {kind} record: {complaint(error)}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    return rows
 
 
 def dump_records(path: Path, rows: Iterable[dict], kind: str) -> int:

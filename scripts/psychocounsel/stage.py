@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from psychocounsel import provenance, reuse
 from psychocounsel.errors import UserError, nearest
-from psychocounsel.records import check_manifest, content_hash, dump_records, file_sha256, read_records, write_manifest
+from psychocounsel.records import check_manifest, content_hash, dump_records, file_sha256, iter_records, write_manifest
 
 CODE_VERSION = 1  # counts in code fingerprints instead of this module's text
 
@@ -140,7 +140,11 @@ class Stage:
 
     def read(self, path: Path | str, kind: str) -> list[dict]:
         """Read and note an input file of records."""
-        return read_records(self.uses(path), kind)
+        return list(self.each(path, kind))
+
+    def each(self, path: Path | str, kind: str) -> Iterator[dict]:
+        """Note an input file of records and yield them one by one: nothing is kept of a file that is gone through once."""
+        return iter_records(self.uses(path), kind)
 
     def model(self, manifest: Path | str) -> Path:
         """Check and note a model by its manifest; return the model's folder."""

@@ -218,6 +218,7 @@ def test_an_answer_that_does_not_parse_goes_to_the_side_file(monkeypatch, files)
     ("spoil", "message"),
     [
         (lambda answers: answers.append(answers[0]), "rated 2 times"),
+        (lambda answers: answers.reverse(), "not sorted by speech_id"),
         (lambda answers: answers[0].update(principle="empaty"), "Did you mean 'empathy'"),
     ],
 )

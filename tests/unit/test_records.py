@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psychocounsel.errors import UserError
-from psychocounsel.records import canonical_json, check_manifest, content_hash, dump_records, read_records, write_manifest
+from psychocounsel.records import canonical_json, check_manifest, content_hash, dump_records, iter_records, read_records, write_manifest
 
 ASSIGNMENTS = st.lists(
     st.fixed_dictionaries({"speech_id": st.text("0123456789abcdef", min_size=16, max_size=16), "model": st.text(min_size=1)}), max_size=20
@@ -38,6 +38,16 @@ def test_a_bad_line_is_named(tmp_path, line, complaint):
     path.write_text('{"speech_id": "0123456789abcdef", "model": "m"}\n\n' + line + "\n")
     with pytest.raises(UserError, match=rf"a\.jsonl:3: .*{complaint}"):
         read_records(path, "assignment")
+
+
+def test_records_come_one_by_one(tmp_path):
+    """A file is not read further than it is asked for: the good line comes before the bad one is met."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"speech_id": "0123456789abcdef", "model": "m"}\n{broken\n')
+    records = iter_records(path, "assignment")
+    assert next(records)["model"] == "m"
+    with pytest.raises(UserError, match=r"a\.jsonl:2"):
+        next(records)
 
 
 def test_complaints_do_not_quote_texts(tmp_path):
