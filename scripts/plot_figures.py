@@ -1,13 +1,15 @@
 """Plot the paper's figures from a run, each as SVG and PNG.
 
 dataset (topics and lengths of speeches), pairs (gaps and lengths), chosen_models and rejected_models (Figures 5 and 6:
-counts, and rates per candidate pair), model_groups (the same rates by size and language), win_rates and win_rate_topics
-(Table 3), training_reward_models and training_policies (loss by step), and checkpoints (Figure 4: win rate by checkpoint).
+counts, and rates per candidate pair), model_groups (the same rates by size and language), judge_positions (scores by the
+place of a response), win_rates and win_rate_topics (Table 3), training_reward_models and training_policies (loss by step),
+and checkpoints (Figure 4: win rate by checkpoint).
 A figure is drawn where its inputs are given:
 
   dataset                                         --speeches
   pairs                                           --pairs
   chosen_models, rejected_models, model_groups    --scores and --pairs
+  judge_positions                                 --judge
   win_rates, win_rate_topics                      --win-rates
   training_reward_models                          --reward-logs
   training_policies                               --policy-logs
@@ -61,6 +63,7 @@ class FigureSettings(Settings):
     judge: str = Field(description="title of the judge")
     checkpoints: list[Checkpoint] = Field([], description="[{policy, arm, step}]: where in Figure 4 the win rates of a checkpoint stand")
     note: str | None = Field(None, description="a sentence under every figure")
+    starts_at_pairs: bool = Field(False, description="whether the pairs were given: they are the only candidates known then")
     bootstrap: int = Field(2000, description="resamples of the intervals of rates, clustered by speech", ge=1)
     seed: int = Field(0, description="seed of the resamples")
 
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("--speeches", nargs="*", default=[], help="speeches of the run")
     parser.add_argument("--scores", nargs="*", default=[], help="scores of the responses")
     parser.add_argument("--pairs", nargs="*", default=[], help="pairs of this run: train, dev and test")
+    parser.add_argument("--judge", nargs="*", default=[], help="assessment of the judge of the responses")
     parser.add_argument("--win-rates", nargs="*", default=[], help="win rates of policies")
     parser.add_argument("--checkpoint-win-rates", nargs="*", default=[], help="win rates of checkpoints (Figure 4)")
     parser.add_argument("--reward-logs", nargs="*", default=[], metavar="NAME=JSON", help="training logs of reward models")
@@ -88,6 +92,7 @@ def main() -> None:
         speeches = [row for file in args.speeches for row in run.read(file, "speech")]
         scores = [row for file in args.scores for row in run.read(file, "score")]
         pairs = [row for file in args.pairs for row in run.read(file, "pair")]
+        judge = [read_result(run.uses(file), "judge") for file in args.judge]
         win_rates = [read_result(run.uses(file), "win_rates") for file in args.win_rates]
         checkpoints = [read_result(run.uses(file), "win_rates") for file in args.checkpoint_win_rates]
         topics = {name: entry["title"] for name, entry in load_registry([run.uses(args.taxonomy)], "taxonomy")["coarse"].items()}
@@ -98,10 +103,12 @@ def main() -> None:
             figures["pairs"] = plot_pairs(pairs)
         if scores and pairs:
             models = [model for size in settings.pool for model in size.models]
-            pool = Pool(scores, pairs, splits(speeches, pairs), models, settings.bootstrap, settings.seed)
+            pool = Pool(scores, pairs, splits(speeches, pairs), models, settings.bootstrap, settings.seed, settings.starts_at_pairs)
             figures["chosen_models"] = plot_pool(pool, "chosen", settings)
             figures["rejected_models"] = plot_pool(pool, "rejected", settings)
             figures["model_groups"] = plot_model_groups(pool, settings)
+        for result in judge:
+            figures["judge_positions"] = plot_judge_positions(result["positions"], settings)
         if win_rates:
             figures["win_rates"] = plot_win_rates(win_rates, settings)
             figures["win_rate_topics"] = plot_win_rate_topics(win_rates, topics, settings)
@@ -225,7 +232,7 @@ def plot_pool(pool: Pool, side: str, settings: FigureSettings) -> "Figure":
             MARKERS[k % len(MARKERS)],
             size.title,
         )
-    rates.set(title="Per candidate pair", xlabel=f"{side} (%)")
+    rates.set(title="Per pair it stood in" if settings.starts_at_pairs else "Per candidate pair", xlabel=f"{side} (%)")
     counts.xaxis.set_major_formatter(THOUSANDS)
     counts.margins(x=0.16, y=0.02)
     for axes in (counts, rates):
@@ -249,13 +256,37 @@ def plot_model_groups(pool: Pool, settings: FigureSettings) -> "Figure":
         for k, side in enumerate(SIDES):
             rates = [(place + 0.13 - 0.26 * k, pool.rate(groups[name], SIDES[side])) for place, name in enumerate(names)]
             intervals(axes, [(place, rate) for place, rate in rates if rate["value"] is not None], COLOURS[k], MARKERS[k], side)
-        axes.set(title=title, xlabel="of candidate pairs (%)", ylim=(-0.6, most - 0.4 - (most - len(names))))
+        axes.set(
+            title=title,
+            xlabel=f"of {'pairs' if settings.starts_at_pairs else 'candidate pairs'} (%)",
+            ylim=(-0.6, most - 0.4 - (most - len(names))),
+        )
         axes.set_yticks(range(len(names)), [f"{name} ({len(groups[name])})" for name in names])
         axes.grid(axis="y", visible=False)
     shared = [axes.get_xlim() for axes in axes_of]
     for axes in axes_of:
         axes.set_xlim(min(low for low, _ in shared), max(high for _, high in shared))
     figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def plot_judge_positions(positions: dict, settings: FigureSettings) -> "Figure":
+    """Mean score by the place at which the judge saw a response, as its difference from the mean of the same speeches."""
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+
+    figure, (axes,) = canvas(height=3.0)
+    places = np.arange(1, positions["places"] + 1)
+    principles = [name for name in positions["scores"] if name != "all"]
+    for k, name in enumerate(principles):
+        values = [effect["value"] for effect in positions["scores"][name]["places"]]
+        style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linewidth": 0.8, "markersize": 3, "alpha": 0.6}
+        axes.plot(places, np.array(values, dtype=float), label=settings.title(name), **style)
+    overall = np.array([[effect[end] for end in ("value", "low", "high")] for effect in positions["scores"]["all"]["places"]], dtype=float)
+    spread = np.abs(overall[:, 1:] - overall[:, :1]).T
+    axes.errorbar(places, overall[:, 0], yerr=spread, color="#222222", capsize=2.5, linewidth=1.8, label="all principles")
+    axes.axhline(0, color="#666666", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="place at which the judge saw the response", ylabel="points from the speech's mean", xticks=places)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 

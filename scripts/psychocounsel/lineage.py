@@ -843,7 +843,7 @@ def parsed(parse: Callable, answer: dict, *more: object) -> object:
 def side_formula(column: str, side: str) -> str:
     """Return how a column of chosen or rejected responses comes about."""
     if "(%)" in column:
-        return f"100 x pairs in which these models' response is the {side} one / places of their scored responses in candidate pairs"
+        return f"100 x pairs in which these models' response is the {side} one / places of their responses in candidate pairs"
     return f"number of pairs in which these models' response is the {side} one"
 
 
