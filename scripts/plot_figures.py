@@ -8,7 +8,7 @@ A figure is drawn where its inputs are given:
 
   dataset                                         --speeches
   pairs                                           --pairs
-  chosen_models, rejected_models, model_groups    --scores and --pairs
+  chosen_models, rejected_models, model_groups    --pairs, and --scores where there are such
   judge_positions                                 --judge
   win_rates, win_rate_topics                      --win-rates
   training_reward_models                          --reward-logs
@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from psychocounsel.config import load_registry
 from psychocounsel.data_tables import pair_facts
 from psychocounsel.errors import UserError
-from psychocounsel.pool import ENGLISH, SIDES, Pool, SizeClass, by_language, splits
+from psychocounsel.pool import CANDIDATES, ENGLISH, SIDES, Pool, SizeClass, by_language, splits
 from psychocounsel.stage import Settings, Stage, command_line, stage
 from psychocounsel.tables import read_result
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SETTING_TITLES = {"free": "Without a length constraint", "length": "With a length constraint"}
+NO_SCORES = "none of the run's pairs has scores"
 THOUSANDS = "{x:,.0f}"  # how axes that count write their numbers
 
 
@@ -101,7 +102,6 @@ def main() -> None:
             figures["dataset"] = plot_dataset(speeches, topics)
         if pairs:
             figures["pairs"] = plot_pairs(pairs)
-        if scores and pairs:
             models = [model for size in settings.pool for model in size.models]
             pool = Pool(scores, pairs, splits(speeches, pairs), models, settings.bootstrap, settings.seed, settings.starts_at_pairs)
             figures["chosen_models"] = plot_pool(pool, "chosen", settings)
@@ -169,7 +169,7 @@ def plot_dataset(speeches: list[dict], topics: dict[str, str]) -> "Figure":
 
 def plot_pairs(pairs: list[dict]) -> "Figure":
     """Score gaps by side of the split, lengths of both responses, and their differences in length (section 3.3)."""
-    from psychocounsel.plotting import COLOURS, canvas
+    from psychocounsel.plotting import COLOURS, canvas, say_empty
 
     figure, (gaps, lengths, differences) = canvas(1, 3, width=8.0, height=2.8)
     sides = {"train and dev": [p for p in pairs if p["split"] != "test"], "test": [p for p in pairs if p["split"] == "test"]}
@@ -183,6 +183,8 @@ def plot_pairs(pairs: list[dict]) -> "Figure":
     gaps.set(title="Score gap", xlabel="difference of mean scores", ylabel="pairs")
     gaps.yaxis.get_major_locator().set_params(integer=True)
     gaps.legend()
+    if not below:
+        say_empty(gaps, NO_SCORES)
     facts = pair_facts(pairs)
     chosen, rejected = facts["chosen words"], facts["rejected words"]
     edges = whole_edges(0, np.quantile(np.concatenate([chosen, rejected]), 0.995))
@@ -211,7 +213,7 @@ def plot_pool(pool: Pool, side: str, settings: FigureSettings) -> "Figure":
 
     Counts depend on how often a model was drawn and whom it met; the rate takes the first out.
     """
-    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas, say_empty
 
     what = SIDES[side]
     size_of = {model: k for k, size in enumerate(settings.pool) for model in size.models}
@@ -238,13 +240,15 @@ def plot_pool(pool: Pool, side: str, settings: FigureSettings) -> "Figure":
     for axes in (counts, rates):
         axes.grid(axis="y", visible=False)
     note = {"title": "size class; * the institution's main language is not English"} if any(foreign) else {"title": "size class"}
+    if not pool.count(models, CANDIDATES):
+        say_empty(rates, NO_SCORES)
     figure.legend(*rates.get_legend_handles_labels(), loc="outside upper center", ncols=5, **note)
     return figure
 
 
 def plot_model_groups(pool: Pool, settings: FigureSettings) -> "Figure":
     """Rates of chosen and rejected responses by size class and by the institution's main language (findings of section 3.3)."""
-    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas, say_empty
 
     by_size = {size.title: size.models for size in settings.pool}
     spoken = by_language(settings.languages, [model for models in by_size.values() for model in models])
@@ -266,6 +270,8 @@ def plot_model_groups(pool: Pool, settings: FigureSettings) -> "Figure":
     shared = [axes.get_xlim() for axes in axes_of]
     for axes in axes_of:
         axes.set_xlim(min(low for low, _ in shared), max(high for _, high in shared))
+        if not pool.count(pool.models, CANDIDATES):
+            say_empty(axes, NO_SCORES)
     figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
