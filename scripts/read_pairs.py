@@ -131,13 +131,13 @@ def read_source(
 ) -> int:
     """Read the pairs of a file into `pairs` and its other rows into `dropped`; count names of models that are not ours."""
     rows = renamed_rows(path, source.adapter, source.columns)
+    ours = set(settings.models.values())
     for number, row in enumerate(rows, start=1):
         try:
             pairs.append(given_pair(ADAPTERS[source.adapter].read(row), source, number, settings))
         except NoPair as reason:
             dropped.append({"source": source.source, "source_row": number, "reason": reason.args[0], "detail": (*reason.args, None)[1]})
             continue
-        ours = set(settings.models.values())
         unknown.update(answer["model"] for answer in (pairs[-1].chosen, pairs[-1].rejected) if answer["model"] not in ours)
     return len(rows)
 
