@@ -23,7 +23,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from psychocounsel.errors import UserError
-from psychocounsel.near_duplicates import find_near_duplicates
+from psychocounsel.near_duplicates import NearDuplicateSettings, find_near_duplicates
 from psychocounsel.pairs import pair_record
 from psychocounsel.personal_data import mask
 from psychocounsel.preferences import ADAPTERS, NoPair, Preference, renamed_rows, user
@@ -31,7 +31,7 @@ from psychocounsel.records import content_hash
 from psychocounsel.sampling import hash_order
 from psychocounsel.stage import Settings, command_line, dropped_by_reason, log, stage
 from psychocounsel.texts import speech_id
-from select_speeches import NearDuplicateSettings, name_clusters
+from select_speeches import name_clusters
 
 UNKNOWN = "unknown"  # a response whose model the file does not name
 SIDES = ("test", "dev", "train")  # the first that a speech or its cluster stands on is its side
