@@ -250,9 +250,11 @@ def dataset_table(
     def sized(value: int) -> Cell:
         return count(value) if speeches else no_speeches
 
+    not_looked_for = Missing("No personal data were looked for: they are kept, or the pairs were published as they stand.")
+
     def masked(kind: str) -> Cell:
         looked_for = all("masked" in speech for speech in speeches)
-        return sized(sum(kind in speech["masked"] for speech in speeches)) if looked_for else Missing("This run keeps personal data.")
+        return sized(sum(kind in speech["masked"] for speech in speeches)) if looked_for else not_looked_for
 
     reported = {**paper["speeches"], **{f"{side} pairs": paper["pairs"][side] for side in ("train", "test")}}
     groups = [

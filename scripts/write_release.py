@@ -78,6 +78,7 @@ class ReleaseSettings(Settings):
         [], description="[{name, title, id, licence, withheld}]: the pool; withheld: why its answers stay out, or null"
     )
     min_gap: float = Field(description="least difference of the overall scores of a pair")
+    personal_data: str = Field(description="what was done about personal data in the speeches, in words")
     note: str | None = Field(None, description="a sentence at the head of the card")
 
 

@@ -8,9 +8,10 @@ from psychocounsel.workflow import OURS, Workflow
 CODE_VERSION = 1  # only rules use it; what it hands to programs stands in their settings
 
 PERSONAL_DATA = {
-    "mask": "e-mail addresses, telephone numbers of people and web addresses are masked; names are not",
-    "keep": "kept as it stands in the sources",
-    "drop": "speeches with e-mail addresses, telephone numbers of people or web addresses are dropped; names are not looked for",
+    "mask": "e-mail addresses, telephone numbers of people and web addresses in the speeches are masked; names are not looked for",
+    "keep": "the speeches stand as their sources have them",
+    "drop": "speeches with e-mail addresses, telephone numbers of people or web addresses are left out; names are not looked for",
+    "published": "the speeches stand as they were published",
 }
 PROTOCOLS = {"one_by_one": "one call a principle", "together": "all principles in one call (not the paper's protocol)"}
 
@@ -217,8 +218,14 @@ class Presentation:
             sources=[source(name) for name in self.flow.sources],
             models=[answerer(name) for name in self.flow.pool],
             min_gap=self.config["pairs"]["min_gap"],
+            personal_data=self.personal_data,
             note=self.config["note"],
         )
+
+    @property
+    def personal_data(self) -> str:
+        """What was done about personal data in the speeches, in words."""
+        return PERSONAL_DATA["published" if self.flow.starts_at_pairs else self.config["speeches"]["personal_data"]]
 
     def case_policy(self) -> str | None:
         """The policy whose answers are shown as case studies: the last of the win-rate table, the paper's best."""
@@ -246,7 +253,7 @@ class Presentation:
             ("Sources", ", ".join(self.title(name) for name in self.flow.sources)),
             ("Speeches", f"{config['speeches']['min_chars']} to {config['speeches']['max_chars']} characters, "
                          f"near duplicates above {near['drop_above']} dropped, above {near['cluster_above']} on one side of the split"),
-            ("Personal data", PERSONAL_DATA[config["speeches"]["personal_data"]]),
+            ("Personal data", self.personal_data),
             ("Responses", f"{config['responses']['models_per_speech']} models of a pool of {len(self.flow.pool)} per speech"),
             ("Judge of the responses", f"{self.judge}, seven principles, 1 to 5, {PROTOCOLS[config['ratings']['protocol']]}"),
             ("Pairs", f"gap of the mean scores of at least {config['pairs']['min_gap']}"),

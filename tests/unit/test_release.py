@@ -60,7 +60,14 @@ def release(run: Path, out: Path, **changes) -> Path:
     files = [word for name in ("speeches", "responses", "scores", "train", "dev", "test") for word in (f"--{name}", run / f"{name}.jsonl")]
     sources = [{"name": f"given-{side}", **OPEN} for side in ("train", "validation", "dev", "test")]
     models = [{"name": "GPT-4o", "title": "GPT-4o", "id": "gpt-4o", "licence": "OpenAI Terms of Use", "withheld": None}]
-    told = {"title": 'A "set"', "labels": "made by a judge", "judge": "a-judge", "min_gap": 1.0, "note": "A demonstration."}
+    told = {
+        "title": 'A "set"',
+        "labels": "made by a judge",
+        "judge": "a-judge",
+        "min_gap": 1.0,
+        "note": "A demonstration.",
+        "personal_data": "masked",
+    }
     told |= {"principles": {name: name.capitalize() for name in PRINCIPLES}, "sources": sources, "models": models}
     succeed("write_release", *files, "--taxonomy", "config/taxonomy.yaml", "--out-dir", out, **told | changes)
     return out
@@ -196,6 +203,7 @@ def test_checksums_cover_every_other_file(released):
 
 def test_the_card_has_a_header_that_fits_the_files_and_says_what_must_be_said(run, released):
     head, text = header(released), (released / "README.md").read_text()
+    assert "Personal data: masked." in text
     assert head["license"] == "mit"
     assert head["pretty_name"] == 'A "set"'
     assert head["size_categories"] == ["n<1K"]
@@ -262,7 +270,14 @@ def test_where_nothing_may_be_passed_on_the_release_says_so(run, tmp_path):
 
 def test_a_source_without_a_licence_is_refused(run, tmp_path):
     files = [word for name in ("speeches", "responses", "scores", "train", "dev", "test") for word in (f"--{name}", run / f"{name}.jsonl")]
-    told = {"title": "t", "labels": "l", "min_gap": 1, "principles": {}, "sources": [{"name": "given-train", **OPEN}]}
+    told = {
+        "title": "t",
+        "labels": "l",
+        "min_gap": 1,
+        "personal_data": "masked",
+        "principles": {},
+        "sources": [{"name": "given-train", **OPEN}],
+    }
     done = program("write_release", *files, "--taxonomy", "config/taxonomy.yaml", "--out-dir", tmp_path, **told)
     assert done.returncode == 1
     assert "sources lacks 'given-test'" in done.stderr

@@ -146,6 +146,8 @@ def test_a_change_reaches_exactly_the_settings_that_use_it():
     assert changed(lambda s: s.models["o1-mini"]["sampling"].update(max_tokens=9)) == {"generate_responses"}
     assert changed(lambda s: s.config["pairs"].update(min_gap=2.0)) == {"build_pairs", "assess_judge", "write_release", "write_report"}
     assert changed(lambda s: s.sources["counsel-chat"].update(sha256="0" * 64)) == {"fetch_source"}
+    masked = {"select_speeches", "write_release", "write_report"}
+    assert changed(lambda s: s.config["speeches"].update(personal_data="keep")) == masked
 
 
 def test_rounds_chain_from_the_base_to_the_last(flow):

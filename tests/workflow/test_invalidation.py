@@ -203,7 +203,7 @@ MATRIX = [
     ("the gap of a pair", study(pairs={"min_gap": 2.0}), "build_pairs assess_judge write_release write_report", {"rate_responses": 0}),
     ("the split seed", study(split={"seed": 5}), "split_speeches", {"label_topics": 0}),
     ("the near-duplicate threshold", study(speeches={"near_duplicates": {"drop_above": 0.9}}), "select_speeches", {"read_source": 0}),
-    ("whether personal data are masked", study(speeches={"personal_data": "keep"}), "select_speeches write_report", {"read_source": 0}),
+    ("whether personal data are masked", study(speeches={"personal_data": "keep"}), "select_speeches write_release write_report", {}),
     ("DPO's beta", text("tests/workflow/micro_recipe_dpo.yaml", "beta: 0.1", "beta: 0.2"), "train_policy write_cards", {"train_policy": 3}),
     (
         "the reward model's learning rate",
