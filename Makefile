@@ -1,6 +1,7 @@
 # make demo · make test · make lint: each sets up what it needs.
 #   make demo SPEECHES=counsel-chat         the demonstration on real questions (source cache, else downloaded)
 #   make demo SPEECHES=counselling-bench    on questions with recorded answers of real 7B models
+#   make stress                             programs that ask models are killed 50 times each: nothing is paid twice
 #   make bench                              every benchmark at its default size (full scale: benchmarks/full_scale.py)
 #   make plan                               what `make demo` would run, why, and what it would cost; with SPEECHES, too
 #   make plan STUDY=config/config.yaml PROFILE=slurm   the same of the paper's run
@@ -14,10 +15,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 SPEECHES ?= demo
 STUDY = config/demo.yaml$(if $(filter-out demo,$(SPEECHES)), config/demo_$(subst -,_,$(SPEECHES)).yaml)
 PROFILE = profiles/local
-BENCHMARKS = verify_speed near_duplicates full_scale
+BENCHMARKS = verify_speed near_duplicates chat_throughput full_scale
 RUN = demo$(if $(filter-out demo,$(SPEECHES)),-$(SPEECHES))
 
-.PHONY: demo plan pin sources test test-fast bench lint format dry-run audit report lock clean-demo
+.PHONY: demo plan pin sources test test-fast stress bench lint format dry-run audit report lock clean-demo
 
 demo: .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --quiet reason host
@@ -37,6 +38,10 @@ test: .venv/dev.ready
 
 test-fast: .venv/dev.ready
 	pytest -q -m "not slow" tests/unit
+
+# Programs that ask a model are killed outright 50 times each, and then finish: nothing is paid twice (the tests kill 10 times).
+stress: .venv/dev.ready
+	PSYCHOCOUNSEL_KILLS=50 pytest -q tests/unit/test_killed_runs.py
 
 # One after the other, since each wants both cores.
 bench: .venv/dev.ready

@@ -177,7 +177,6 @@ def request_line(call: Call, attempt: int, common: dict) -> bytes:
     if "seed" in options:
         options["seed"] += attempt  # the same seed would bring the same unusable text
     body = {"messages": call.messages, **common, **options}
-    body |= body.pop("extra_body", None) or {}
     return orjson.dumps({"custom_id": call.key, "method": "POST", "url": PATH, "body": body}, option=orjson.OPT_APPEND_NEWLINE)
 
 
@@ -456,8 +455,6 @@ class Engine:
 
     def answer(self, row: dict | None) -> dict:
         """Return the answer in a line of results, or raise what stands there instead; UserError is fatal."""
-        from openai.types.chat import ChatCompletion
-
         if row is None:
             raise PassingFault("no line in the results of its batch")
         response, error = row.get("response") or {}, row.get("error") or {}
@@ -471,8 +468,8 @@ class Engine:
             says = (response.get("status_code") or 500, error.get("code"), error.get("message"))
             raise PassingFault(status_reason(*says, self.where, self.endpoint.api_key_env, self.common["model"]))
         try:
-            return read_completion(ChatCompletion.construct(**body))
-        except (ValueError, AttributeError, TypeError):
+            return read_completion(body)
+        except ValueError:
             raise PassingFault("a reply that is no completion") from None
 
     def fetch(self, remote, results: Results) -> None:

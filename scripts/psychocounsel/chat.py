@@ -192,7 +192,9 @@ def planned(spec: ModelSpec, endpoint: Endpoint, calls: Iterable[Call], journal:
 def model_identity(spec: ModelSpec, endpoint: Endpoint, weights: Path | None) -> dict:
     """Return what of the model determines its answers; local weights stand for themselves, whatever the model is called."""
     who = {"weights": file_sha256(weights)} if weights else {"id": spec.id, "revision": spec.revision}
-    loaded = spec.serve.model_dump(exclude_none=True) if endpoint.kind == "serve" and spec.serve else None
+    loaded = None
+    if endpoint.kind == "serve" and spec.serve:  # a field that came later counts where it is set alone: keys of earlier answers stay
+        loaded = spec.serve.model_dump(exclude={"chat_template"} if spec.serve.chat_template is None else None)
     return {"kind": "openai" if endpoint.remote else endpoint.kind, **who, "serve": loaded}
 
 
@@ -225,11 +227,9 @@ def common_body(spec: ModelSpec, endpoint: Endpoint, folder: Path | None) -> dic
     sampling = spec.sampling.model_dump(exclude_none=True) if spec.sampling else {}
     if "api.openai.com" in (endpoint.base_url or "") and "max_tokens" in sampling:
         sampling["max_completion_tokens"] = sampling.pop("max_tokens")  # its reasoning models refuse the old name, others the new one
-    extra = {"chat_template_kwargs": spec.chat_template_kwargs} if spec.chat_template_kwargs else {}
-    if endpoint.server == "transformers":
-        extra |= transformers_options(spec, folder)
     name = name_at_server(spec, endpoint, folder) if endpoint.kind == "serve" else spec.id
-    return {"model": name, **sampling, "extra_body": extra}
+    template = {"chat_template_kwargs": spec.chat_template_kwargs} if spec.chat_template_kwargs else {}
+    return {"model": name, **sampling, **template, **(transformers_options(spec, folder) if endpoint.server == "transformers" else {})}
 
 
 # Asking -------------------------------------------------------------------------------------------------------------------------------

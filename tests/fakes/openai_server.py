@@ -27,6 +27,9 @@ class Reply:
     delay: float = 0.0
     finish_reason: str = "stop"
     model: str | None = None
+    refusal: str | None = None
+    cut: int | None = None  # bytes of the body after which the connection is closed
+    trickle: float = 0.0  # seconds before each further byte of the body
 
 
 def echo(body: dict, nth: int) -> Reply:
@@ -72,16 +75,20 @@ class FakeServer:
                 time.sleep(reply.delay)
                 with fake.lock:
                     fake.in_flight -= 1
-                self.send(reply.status, reply.headers, reply.body if reply.body is not None else completion(body, reply))
+                self.send(reply.status, reply.headers, reply.body if reply.body is not None else completion(body, reply), reply)
 
-            def send(self, status: int, headers: dict, body: dict | str) -> None:
+            def send(self, status: int, headers: dict, body: dict | str, how: Reply | None = None) -> None:
+                how = how or Reply()
                 data = (body if isinstance(body, str) else json.dumps(body)).encode()
                 try:
                     self.send_response(status)
                     for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
                         self.send_header(name.replace("_", "-"), value)
                     self.end_headers()
-                    self.wfile.write(data)
+                    for piece in [data[: how.cut]] if not how.trickle else [bytes([byte]) for byte in data]:
+                        time.sleep(how.trickle)
+                        self.wfile.write(piece)
+                    self.close_connection |= how.cut is not None
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # the client was killed, as some tests do
 
@@ -104,12 +111,13 @@ class FakeServer:
 def completion(body: dict, reply: Reply) -> dict:
     """Return a chat completion in OpenAI's shape."""
     prompt, answer = sum(len(m["content"].split()) for m in body["messages"]), len((reply.text or "").split())
+    message = {"role": "assistant", "content": reply.text, "refusal": reply.refusal}
     return {
         "id": "fake",
         "object": "chat.completion",
         "created": 0,
         "model": reply.model or body["model"],
-        "choices": [{"index": 0, "finish_reason": reply.finish_reason, "message": {"role": "assistant", "content": reply.text}}],
+        "choices": [{"index": 0, "finish_reason": reply.finish_reason, "message": message}],
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
     }
 

@@ -1,12 +1,9 @@
 """The chat client against a server that fails by script: what is asked, how often, and what is kept."""
 
 import logging
-import os
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +22,6 @@ from psychocounsel.errors import UserError
 from psychocounsel.journal import peek
 from psychocounsel.models import ModelSpec
 from psychocounsel.records import write_manifest
-from psychocounsel.serving import free_port
 
 KEY = "sk-very-secret"
 
@@ -202,12 +198,6 @@ def test_a_passing_fault_is_sent_again(tmp_path, status):
     assert set(server.seen.values()) == {3}
 
 
-def test_retry_after_is_honoured(tmp_path):
-    with FakeServer(lambda body, nth: error(429, **{"Retry-After": "0.6"}) if nth == 0 else echo(body, nth)) as server:
-        ask(tmp_path, server, requests(1))
-    assert 0.6 <= server.times[1] - server.times[0] < 2
-
-
 def test_a_slow_answer_is_given_up_and_asked_again(tmp_path):
     with FakeServer(lambda body, nth: Reply("late", delay=0 if nth else 1)) as server:
         (answer,), _, _ = ask(tmp_path, server, requests(1), limits={"timeout_s": 0.2})
@@ -230,13 +220,6 @@ def test_a_refused_request_is_asked_once(tmp_path):
         _, (failure,), _ = ask(tmp_path, server, requests(1), max_failed_share=1)
     assert len(server.requests) == 1
     assert failure.reason.startswith("HTTP 400")
-
-
-@pytest.mark.parametrize("body", ["<html>busy</html>", {"object": "chat.completion"}, {"choices": []}, {"choices": [{}]}, "[]", '"text"'])
-def test_a_reply_that_is_no_completion_is_a_passing_fault(tmp_path, body):
-    with FakeServer(lambda asked, nth: echo(asked, nth) if nth else Reply(body=body)) as server:
-        (answer,), _, _ = ask(tmp_path, server, requests(1))
-    assert answer.text == "You said: question 0"
 
 
 def test_a_malformed_answer_is_asked_again_with_another_seed(tmp_path):
@@ -359,41 +342,6 @@ def test_equal_requests_are_asked_once_and_repeats_again(tmp_path):
     assert answers[0].request_key == answers[1].request_key != answers[2].request_key
 
 
-def test_a_killed_run_repeats_only_what_was_in_flight(tmp_path):
-    """kill -9 in the middle, then finish: the output is that of a run that nobody disturbed."""
-    port, in_flight, count = free_port(), 2, 30
-    fake = [sys.executable, "tests/fakes/openai_server.py", "--port", str(port), "--delay", "0.05"]
-    program = f"""
-import sys; sys.path[:0] = ["scripts", "tests"]
-from unit.test_chat import *
-class server: url = "http://127.0.0.1:{port}/v1"
-answers, _, _ = ask(Path(sys.argv[1]), server, requests({count}), limits=dict(concurrency={in_flight}))
-print([(a.id, a.text) for a in answers])
-"""
-    environment = os.environ | {"FAKE_KEY": KEY}
-
-    def run(folder: Path) -> list[str]:
-        folder.mkdir(exist_ok=True)
-        return [sys.executable, "-c", program, str(folder)]
-
-    with subprocess.Popen(fake) as server:
-        try:
-            wait_for(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/count"))
-            undisturbed = subprocess.run(run(tmp_path / "a"), env=environment, capture_output=True, text=True, check=True).stdout
-            journal = tmp_path / "b" / "journal.jsonl"
-            with subprocess.Popen(run(tmp_path / "b"), env=environment, stdout=subprocess.DEVNULL) as victim:
-                wait_for(lambda: journal.read_bytes().count(b"\n") >= 8)
-                victim.send_signal(signal.SIGKILL)
-            answered = journal.read_bytes().count(b"\n")
-            assert answered < count, "killed in the middle"
-            resumed = subprocess.run(run(tmp_path / "b"), env=environment, capture_output=True, text=True, check=True).stdout
-            asked = orjson.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/count").read())
-        finally:
-            server.kill()
-    assert resumed == undisturbed
-    assert sum(asked.values()) <= 2 * count + in_flight
-
-
 def wait_for(condition, seconds: float = 15) -> None:
     """Wait until a condition holds; an OSError (no file, no connection yet) means not yet."""
     end = time.monotonic() + seconds
@@ -442,6 +390,8 @@ def test_keys_are_those_of_earlier_versions():
     served = {"id": "meta-llama/Llama-3.1-8B-Instruct", "revision": "abc", "serve": {"dtype": "bfloat16", "max_model_len": 8192}}
     served |= {"sampling": {"temperature": 0.7, "top_p": 0.95, "max_tokens": 512}, "chat_template_kwargs": {"date_string": "26 Jul 2024"}}
     again = ChatRequest("a", messages, seed=7, repeat=1)
+    by_default = key_of(model(**served | {"serve": {}}), again, kind="serve")
+    assert by_default == "fc17d0aa91200cf681d80c3835427a208f807fd3a2b6e222a27e2fb174435f96"
     assert key_of(model(**served), again, kind="serve") == "b5dda117856f8543c7c5c5e6e06c9c7a85592f2bae3097fd88bca46591ba0eec"
 
 
@@ -500,3 +450,15 @@ def test_the_rubric_answers_offline(tmp_path):
     assert not (tmp_path / "j").exists()
     with pytest.raises(UserError, match="rubric"):
         complete(model(endpoint="rubric"), asked, endpoints=endpoints, journal=tmp_path / "j")
+
+
+# The benchmark ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs():
+    sizes = ["--requests", "30", "--in-flight", "10", "--delay", "0.01", "--sustain", "0.2", "--many", "50"]
+    done = subprocess.run([sys.executable, "benchmarks/chat_throughput.py", *sizes], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("raw aiohttp", "AsyncOpenAI, at once", "AsyncOpenAI, in turn", "our client"))
+    assert "limited to 10000 requests a minute" in done.stdout
+    assert done.stdout.rstrip().endswith("MB")
