@@ -6,7 +6,7 @@
 #   make plan                               what `make demo` would run, why, and what it would cost; with SPEECHES, too
 #   make plan STUDY=config/config.yaml PROFILE=slurm   the same of the paper's run
 #   make sources                            what becomes of each source of speeches whose file is at hand: counts, no texts
-#   make pin                                resolve the names of the paper's run, once, where there is a network
+#   make pin                                resolve names and checksums that the registries leave open, once, where there is a network
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -28,10 +28,10 @@ plan: .venv/pipeline.ready
 	@python scripts/plan_run.py --profile $(PROFILE) --configfile $(STUDY)
 
 pin: .venv/pipeline.ready
-	@python scripts/pin_names.py
+	@python scripts/pin_names.py --configfile $(STUDY)
 
 sources: .venv/pipeline.ready
-	@python scripts/count_speeches.py
+	@python scripts/count_speeches.py --configfile $(STUDY)
 
 test: .venv/dev.ready
 	pytest -q tests
