@@ -94,6 +94,7 @@ def prepare(folder: Path, speeches: int, url: str) -> int:
         "split": {"test_speeches": max(1, 3291 * speeches // PAPER_SPEECHES)},
         "reward_models": [],
         "reward_evaluation": {"baselines": [], "rankers": ["llama-3.1-8b-instruct-ranker"], "benchmark": None, "ablation": []},
+        "release": {"rights": list(SOURCES)},  # all of it: nobody's words
         "policies": [{"name": "llama3-3b", "base": "llama-3.2-3b-instruct", "method": "none"}],
         "evaluation": {"policies": ["llama3-3b"], "checkpoints": []},
     }

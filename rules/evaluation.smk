@@ -47,6 +47,7 @@ rule answer_speeches:
     conda:
         "../envs/serve.yaml"
     resources:
+        remote=flow.policy_remote_slots,
         gpu=flow.policy_gpus,
         mem_mb=8000,
         runtime=240,

@@ -86,6 +86,7 @@ use rule rate_responses as rate_again with:
         settings=slices.rate_again,
         code=code("rate_responses"),
         endpoints=endpoints_file,
+        gpus=gpus_option,
         prices=price_files,
         weights=weights_option,
         journal=flow.work("journal/ratings_again/{order}.jsonl"),

@@ -66,6 +66,7 @@ rule plot_figures:
         speeches=flow.results("02_speeches/speeches.jsonl"),
         scores=flow.results("04_ratings/scores.jsonl"),
         pairs=expand(flow.results("05_pairs/{split}.jsonl"), split=["train", "dev", "test"]),
+        judge=flow.judge_assessment(),
         win_rates=flow.win_rates(),
         checkpoints=flow.checkpoint_win_rates(),
         reward_logs=pages.reward_logs(),
@@ -95,6 +96,7 @@ rule plot_figures:
         "Plot the figures"
     shell:
         "python scripts/plot_figures.py --speeches {input.speeches} --scores {input.scores} --pairs {input.pairs}"
+        " --judge {input.judge}"
         " --win-rates {input.win_rates} {params.options} --taxonomy {input.taxonomy} --settings {params.settings:q}"
         " --out-dir {params.folder} 2> {log}"
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from psychocounsel.config import load_registry
 from psychocounsel.data_tables import (
+    candidates_note,
     contamination_table,
     judge_consistency_table,
     judge_positions_table,
@@ -83,7 +84,7 @@ class Reported(Part):
 class Ratings(Part):
     """Who scored the responses, and how."""
 
-    judge: str = "a judge"
+    judge: str | None = None  # None where the scores came with the pairs at which the run starts
     protocol: Literal["one_by_one", "together"] = "one_by_one"
     offline: bool = False  # computed from each response alone, without a model
     principles: list[tuple[str, str]] = []
@@ -91,7 +92,9 @@ class Ratings(Part):
     def note(self) -> str:
         """Return the sentence that stands under tables of scores."""
         how = {"one_by_one": "one call a principle, as in the paper", "together": "all principles in one call, unlike the paper"}
-        return f"Scores by {self.judge}: {how[self.protocol]} (protocol {self.protocol})."
+        return (
+            f"Scores by {self.judge}: {how[self.protocol]} (protocol {self.protocol})." if self.judge else "The scores came with the pairs."
+        )
 
 
 class TableSettings(Settings):
@@ -109,6 +112,7 @@ class TableSettings(Settings):
         Ratings(), description="{judge, protocol, offline, principles}: who scored the responses, and how (principles: [[id, name], …])"
     )
     note: str | None = Field(None, description="a sentence under every table")
+    starts_at_pairs: bool = Field(False, description="whether the pairs were given: what made no pair is not known then")
     bootstrap: int = Field(2000, description="resamples of the intervals of rates, clustered by speech", ge=1)
     seed: int = Field(0, description="seed of the resamples")
     reported: Reported = Field(
@@ -178,14 +182,15 @@ def all_tables(
     on_test_pairs, on_benchmark = sort_metrics(metrics)
     rates, topics = index_win_rates(win_rates), {name: entry["title"] for name, entry in taxonomy.items()}
     models = [model for size in settings.pool for model in size.models]
-    pool = Pool(scores, pairs, splits(speeches, pairs), models, settings.bootstrap, settings.seed)
+    given = settings.starts_at_pairs
+    pool = Pool(scores, pairs, splits(speeches, pairs), models, settings.bootstrap, settings.seed, given)
     left_out = {UNANSWERED: len(unanswered)} | dropped_by_reason(unscored)
     tables = [
         dataset_table(speeches, dropped, left_out, scores, pairs, paper["dataset"], settings),
         topic_table(speeches, taxonomy, settings),
         pool_table(pool, settings),
-        model_groups_table(pool, settings.pool, settings.languages),
-        pairs_table(speeches, scores, pairs, paper["dataset"], settings.bootstrap, settings.seed),
+        model_groups_table(pool, settings.pool, settings.languages, given),
+        pairs_table(speeches, scores, pairs, paper["dataset"], settings.bootstrap, settings.seed, given),
         judge_consistency_table(judge[0] if judge else None, dict(settings.ratings.principles), settings.ratings.offline),
         judge_positions_table(judge[0] if judge else None, dict(settings.ratings.principles), settings.ratings.offline),
         contamination_table(contamination[0] if contamination else None, settings.title),
@@ -345,7 +350,7 @@ def pool_table(pool: Pool, settings: TableSettings) -> Table:
     notes = [
         "Mean score: over the seven principles, 1 to 5. Chosen and rejected: places in train, dev and test pairs.",
         "Chosen (%) and rejected (%): of the candidate pairs in which a response of the model stood, with 95 % bootstrap intervals over"
-        " speeches. Candidates: every two scored responses to a speech, on the test side the best and the worst.",
+        f" speeches. {candidates_note(settings.starts_at_pairs)}",
     ]
     return Table("pool", "The response pool (Table 6)", [*columns, "Chosen (%)", "Rejected (%)"], groups, notes)
 

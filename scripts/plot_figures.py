@@ -1,13 +1,15 @@
 """Plot the paper's figures from a run, each as SVG and PNG.
 
 dataset (topics and lengths of speeches), pairs (gaps and lengths), chosen_models and rejected_models (Figures 5 and 6:
-counts, and rates per candidate pair), model_groups (the same rates by size and language), win_rates and win_rate_topics
-(Table 3), training_reward_models and training_policies (loss by step), and checkpoints (Figure 4: win rate by checkpoint).
+counts, and rates per candidate pair), model_groups (the same rates by size and language), judge_positions (scores by the
+place of a response), win_rates and win_rate_topics (Table 3), training_reward_models and training_policies (loss by step),
+and checkpoints (Figure 4: win rate by checkpoint).
 A figure is drawn where its inputs are given:
 
   dataset                                         --speeches
   pairs                                           --pairs
-  chosen_models, rejected_models, model_groups    --scores and --pairs
+  chosen_models, rejected_models, model_groups    --pairs, and --scores where there are such
+  judge_positions                                 --judge
   win_rates, win_rate_topics                      --win-rates
   training_reward_models                          --reward-logs
   training_policies                               --policy-logs
@@ -26,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from psychocounsel.config import load_registry
 from psychocounsel.data_tables import pair_facts
 from psychocounsel.errors import UserError
-from psychocounsel.pool import ENGLISH, SIDES, Pool, SizeClass, by_language, splits
+from psychocounsel.pool import CANDIDATES, ENGLISH, SIDES, Pool, SizeClass, by_language, splits
 from psychocounsel.stage import Settings, Stage, command_line, stage
 from psychocounsel.tables import read_result
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SETTING_TITLES = {"free": "Without a length constraint", "length": "With a length constraint"}
+NO_SCORES = "none of the run's pairs has scores"
 THOUSANDS = "{x:,.0f}"  # how axes that count write their numbers
 
 
@@ -61,6 +64,7 @@ class FigureSettings(Settings):
     judge: str = Field(description="title of the judge")
     checkpoints: list[Checkpoint] = Field([], description="[{policy, arm, step}]: where in Figure 4 the win rates of a checkpoint stand")
     note: str | None = Field(None, description="a sentence under every figure")
+    starts_at_pairs: bool = Field(False, description="whether the pairs were given: they are the only candidates known then")
     bootstrap: int = Field(2000, description="resamples of the intervals of rates, clustered by speech", ge=1)
     seed: int = Field(0, description="seed of the resamples")
 
@@ -75,6 +79,7 @@ def main() -> None:
     parser.add_argument("--speeches", nargs="*", default=[], help="speeches of the run")
     parser.add_argument("--scores", nargs="*", default=[], help="scores of the responses")
     parser.add_argument("--pairs", nargs="*", default=[], help="pairs of this run: train, dev and test")
+    parser.add_argument("--judge", nargs="*", default=[], help="assessment of the judge of the responses")
     parser.add_argument("--win-rates", nargs="*", default=[], help="win rates of policies")
     parser.add_argument("--checkpoint-win-rates", nargs="*", default=[], help="win rates of checkpoints (Figure 4)")
     parser.add_argument("--reward-logs", nargs="*", default=[], metavar="NAME=JSON", help="training logs of reward models")
@@ -88,6 +93,7 @@ def main() -> None:
         speeches = [row for file in args.speeches for row in run.read(file, "speech")]
         scores = [row for file in args.scores for row in run.read(file, "score")]
         pairs = [row for file in args.pairs for row in run.read(file, "pair")]
+        judge = [read_result(run.uses(file), "judge") for file in args.judge]
         win_rates = [read_result(run.uses(file), "win_rates") for file in args.win_rates]
         checkpoints = [read_result(run.uses(file), "win_rates") for file in args.checkpoint_win_rates]
         topics = {name: entry["title"] for name, entry in load_registry([run.uses(args.taxonomy)], "taxonomy")["coarse"].items()}
@@ -96,12 +102,13 @@ def main() -> None:
             figures["dataset"] = plot_dataset(speeches, topics)
         if pairs:
             figures["pairs"] = plot_pairs(pairs)
-        if scores and pairs:
             models = [model for size in settings.pool for model in size.models]
-            pool = Pool(scores, pairs, splits(speeches, pairs), models, settings.bootstrap, settings.seed)
+            pool = Pool(scores, pairs, splits(speeches, pairs), models, settings.bootstrap, settings.seed, settings.starts_at_pairs)
             figures["chosen_models"] = plot_pool(pool, "chosen", settings)
             figures["rejected_models"] = plot_pool(pool, "rejected", settings)
             figures["model_groups"] = plot_model_groups(pool, settings)
+        for result in judge:
+            figures["judge_positions"] = plot_judge_positions(result["positions"], settings)
         if win_rates:
             figures["win_rates"] = plot_win_rates(win_rates, settings)
             figures["win_rate_topics"] = plot_win_rate_topics(win_rates, topics, settings)
@@ -162,7 +169,7 @@ def plot_dataset(speeches: list[dict], topics: dict[str, str]) -> "Figure":
 
 def plot_pairs(pairs: list[dict]) -> "Figure":
     """Score gaps by side of the split, lengths of both responses, and their differences in length (section 3.3)."""
-    from psychocounsel.plotting import COLOURS, canvas
+    from psychocounsel.plotting import COLOURS, canvas, say_empty
 
     figure, (gaps, lengths, differences) = canvas(1, 3, width=8.0, height=2.8)
     sides = {"train and dev": [p for p in pairs if p["split"] != "test"], "test": [p for p in pairs if p["split"] == "test"]}
@@ -176,6 +183,8 @@ def plot_pairs(pairs: list[dict]) -> "Figure":
     gaps.set(title="Score gap", xlabel="difference of mean scores", ylabel="pairs")
     gaps.yaxis.get_major_locator().set_params(integer=True)
     gaps.legend()
+    if not below:
+        say_empty(gaps, NO_SCORES)
     facts = pair_facts(pairs)
     chosen, rejected = facts["chosen words"], facts["rejected words"]
     edges = whole_edges(0, np.quantile(np.concatenate([chosen, rejected]), 0.995))
@@ -204,7 +213,7 @@ def plot_pool(pool: Pool, side: str, settings: FigureSettings) -> "Figure":
 
     Counts depend on how often a model was drawn and whom it met; the rate takes the first out.
     """
-    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas, say_empty
 
     what = SIDES[side]
     size_of = {model: k for k, size in enumerate(settings.pool) for model in size.models}
@@ -225,19 +234,21 @@ def plot_pool(pool: Pool, side: str, settings: FigureSettings) -> "Figure":
             MARKERS[k % len(MARKERS)],
             size.title,
         )
-    rates.set(title="Per candidate pair", xlabel=f"{side} (%)")
+    rates.set(title="Per pair it stood in" if settings.starts_at_pairs else "Per candidate pair", xlabel=f"{side} (%)")
     counts.xaxis.set_major_formatter(THOUSANDS)
     counts.margins(x=0.16, y=0.02)
     for axes in (counts, rates):
         axes.grid(axis="y", visible=False)
     note = {"title": "size class; * the institution's main language is not English"} if any(foreign) else {"title": "size class"}
+    if not pool.count(models, CANDIDATES):
+        say_empty(rates, NO_SCORES)
     figure.legend(*rates.get_legend_handles_labels(), loc="outside upper center", ncols=5, **note)
     return figure
 
 
 def plot_model_groups(pool: Pool, settings: FigureSettings) -> "Figure":
     """Rates of chosen and rejected responses by size class and by the institution's main language (findings of section 3.3)."""
-    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas, say_empty
 
     by_size = {size.title: size.models for size in settings.pool}
     spoken = by_language(settings.languages, [model for models in by_size.values() for model in models])
@@ -249,13 +260,39 @@ def plot_model_groups(pool: Pool, settings: FigureSettings) -> "Figure":
         for k, side in enumerate(SIDES):
             rates = [(place + 0.13 - 0.26 * k, pool.rate(groups[name], SIDES[side])) for place, name in enumerate(names)]
             intervals(axes, [(place, rate) for place, rate in rates if rate["value"] is not None], COLOURS[k], MARKERS[k], side)
-        axes.set(title=title, xlabel="of candidate pairs (%)", ylim=(-0.6, most - 0.4 - (most - len(names))))
+        axes.set(
+            title=title,
+            xlabel=f"of {'pairs' if settings.starts_at_pairs else 'candidate pairs'} (%)",
+            ylim=(-0.6, most - 0.4 - (most - len(names))),
+        )
         axes.set_yticks(range(len(names)), [f"{name} ({len(groups[name])})" for name in names])
         axes.grid(axis="y", visible=False)
     shared = [axes.get_xlim() for axes in axes_of]
     for axes in axes_of:
         axes.set_xlim(min(low for low, _ in shared), max(high for _, high in shared))
+        if not pool.count(pool.models, CANDIDATES):
+            say_empty(axes, NO_SCORES)
     figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def plot_judge_positions(positions: dict, settings: FigureSettings) -> "Figure":
+    """Mean score by the place at which the judge saw a response, as its difference from the mean of the same speeches."""
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+
+    figure, (axes,) = canvas(height=3.0)
+    places = np.arange(1, positions["places"] + 1)
+    principles = [name for name in positions["scores"] if name != "all"]
+    for k, name in enumerate(principles):
+        values = [effect["value"] for effect in positions["scores"][name]["places"]]
+        style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linewidth": 0.8, "markersize": 3, "alpha": 0.6}
+        axes.plot(places, np.array(values, dtype=float), label=settings.title(name), **style)
+    overall = np.array([[effect[end] for end in ("value", "low", "high")] for effect in positions["scores"]["all"]["places"]], dtype=float)
+    spread = np.abs(overall[:, 1:] - overall[:, :1]).T
+    axes.errorbar(places, overall[:, 0], yerr=spread, color="#222222", capsize=2.5, linewidth=1.8, label="all principles")
+    axes.axhline(0, color="#666666", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="place at which the judge saw the response", ylabel="points from the speech's mean", xticks=places)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 

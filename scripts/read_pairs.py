@@ -23,14 +23,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from psychocounsel.errors import UserError
-from psychocounsel.near_duplicates import find_near_duplicates
+from psychocounsel.near_duplicates import NearDuplicateSettings, find_near_duplicates
 from psychocounsel.pairs import pair_record
+from psychocounsel.personal_data import mask
 from psychocounsel.preferences import ADAPTERS, NoPair, Preference, renamed_rows, user
 from psychocounsel.records import content_hash
 from psychocounsel.sampling import hash_order
 from psychocounsel.stage import Settings, command_line, dropped_by_reason, log, stage
 from psychocounsel.texts import speech_id
-from select_speeches import NearDuplicateSettings, name_clusters
+from select_speeches import name_clusters
 
 UNKNOWN = "unknown"  # a response whose model the file does not name
 SIDES = ("test", "dev", "train")  # the first that a speech or its cluster stands on is its side
@@ -56,6 +57,9 @@ class GivenSettings(Settings):
     models: dict[str, str] = Field({}, description="what a file may call a model, in lower case -> our name")
     near_duplicates: NearDuplicateSettings = Field(description="cluster_above, shingle_chars, permutations: which speeches are one cluster")
     drop_near_test: bool = Field(True, description="drop the pairs of a speech that is a near duplicate of one on the test (or dev) side")
+    personal_data: Literal["mask", "keep", "drop"] = Field(
+        "mask", description="e-mail addresses, telephone numbers, addresses of web pages in speeches: mask or keep them, or drop the pairs"
+    )
     limit: int | None = Field(None, description="keep the pairs of at most so many speeches, in seeded order; null: all", ge=1)
     seed: int = Field(description="seed of the sketches and of the order for `limit`", ge=0)
 
@@ -68,6 +72,7 @@ class GivenPair:
     row: int
     speech_id: str
     speech: str
+    masked: dict[str, int] | None  # what is masked in the speech, of which kind; None where nothing was looked for
     side: str | None
     preference: Preference
     chosen: dict
@@ -93,7 +98,7 @@ def main() -> None:
             raise UserError(f"--raw names {len(args.raw)} files, the setting sources {len(settings.sources)}")
         rows, pairs, dropped, unknown = 0, [], [], Counter()
         for path, source in zip(args.raw, settings.sources, strict=True):
-            rows += read_source(run.uses(path), source, settings.models, pairs, dropped, unknown)
+            rows += read_source(run.uses(path), source, settings, pairs, dropped, unknown)
         pairs = drop_repeated(pairs, dropped)
         pairs = drop_on_several_sides(pairs, dropped)
         pairs = drop_contradicting(pairs, dropped)
@@ -111,6 +116,7 @@ def main() -> None:
 
         speeches = {pair.speech_id: speech_record(pair, cluster) for pair in reversed(pairs)}  # the first row of each
         name_clusters(list(speeches.values()))
+        run.note(masked=dict(sum((Counter(speech.get("masked")) for speech in speeches.values()), Counter())))
         answers = {answer["id"]: (pair.speech_id, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)}
         run.write(args.speeches, speeches.values(), "unique_speech", sort_by="speech_id")
         run.write(args.responses, (response_record(*found) for found in answers.values()), "response", sort_by="response_id")
@@ -121,29 +127,33 @@ def main() -> None:
 
 
 def read_source(
-    path: Path, source: PairSource, models: dict[str, str], pairs: list[GivenPair], dropped: list[dict], unknown: Counter
+    path: Path, source: PairSource, settings: GivenSettings, pairs: list[GivenPair], dropped: list[dict], unknown: Counter
 ) -> int:
     """Read the pairs of a file into `pairs` and its other rows into `dropped`; count names of models that are not ours."""
     rows = renamed_rows(path, source.adapter, source.columns)
+    ours = set(settings.models.values())
     for number, row in enumerate(rows, start=1):
         try:
-            pairs.append(given_pair(ADAPTERS[source.adapter].read(row), source, number, models))
+            pairs.append(given_pair(ADAPTERS[source.adapter].read(row), source, number, settings))
         except NoPair as reason:
             dropped.append({"source": source.source, "source_row": number, "reason": reason.args[0], "detail": (*reason.args, None)[1]})
             continue
-        ours = set(models.values())
         unknown.update(answer["model"] for answer in (pairs[-1].chosen, pairs[-1].rejected) if answer["model"] not in ours)
     return len(rows)
 
 
-def given_pair(preference: Preference, source: PairSource, number: int, models: dict[str, str]) -> GivenPair:
+def given_pair(preference: Preference, source: PairSource, number: int, settings: GivenSettings) -> GivenPair:
     """Return what a row holds, with our names and ids; raise NoPair where it makes none."""
     preference.check()
-    speech = preference.client_speech()
+    speech, masked = preference.client_speech(), None
+    if settings.personal_data != "keep":
+        speech, masked = mask(speech)
+    if settings.personal_data == "drop" and masked:
+        raise NoPair("personal data", ", ".join(f"{kind}: {n}" for kind, n in masked.items()))
     name = speech_id(speech)
 
     def answer(text: str, model: str | None, scores: dict | None, known: str | None) -> dict:
-        model = models.get((model or "").casefold(), model or UNKNOWN)
+        model = settings.models.get((model or "").casefold(), model or UNKNOWN)
         return {"id": known or content_hash(name, model, text, digits=16), "text": text, "model": model, "scores": scores}
 
     p = preference
@@ -152,6 +162,7 @@ def given_pair(preference: Preference, source: PairSource, number: int, models: 
         number,
         name,
         speech,
+        masked,
         source.split or p.split,
         p,
         answer(p.chosen, p.chosen_model, p.chosen_scores, p.chosen_id),
@@ -243,7 +254,8 @@ def check_sides(pairs: list[GivenPair]) -> None:
 
 def speech_record(pair: GivenPair, cluster: dict[str, str]) -> dict:
     """Return the unique_speech record of a pair's speech."""
-    return {
+    masked = {} if pair.masked is None else {"masked": pair.masked}
+    return masked | {
         "speech_id": pair.speech_id,
         "text": pair.speech,
         "source": pair.source,

@@ -23,7 +23,7 @@ SECTIONS = [  # heading, tables, figures; what a run does not have is left out
     (
         "The data set",
         ["dataset", "topics", "pairs", "pool", "model_groups", "judge_consistency", "judge_positions", "contamination"],
-        ["dataset", "pairs", "chosen_models", "rejected_models", "model_groups"],
+        ["dataset", "pairs", "chosen_models", "rejected_models", "model_groups", "judge_positions"],
     ),
     ("Reward models", ["reward_models", "reward_ablation"], ["training_reward_models"]),
     ("Policies", ["win_rates", "lengths"], ["win_rates", "win_rate_topics", "training_policies", "checkpoints"]),

@@ -11,7 +11,7 @@ from psychocounsel.pool import CHOSEN, ENGLISH, REJECTED, RESPONSES, SCORE, Pool
 from psychocounsel.tables import Cell, Missing, Number, Row, Table, count, number
 
 NOT_REPORTED = Missing("The paper does not report it.")
-AT_PAIRS = Missing("This run starts at pairs, without speeches or responses of its own.")
+AT_PAIRS = Missing("This run starts at pairs: what made no pair is not known.")
 GAPS = [(0, 1), (1, 1.5), (1.5, 2), (2, 3), (3, 4.01)]  # differences of mean scores, from and below
 ORDERS = {"same": "Same order", "reversed": "Reverse order"}
 MEASURES = {  # of two ratings of the same responses -> title, digits, scale
@@ -59,9 +59,19 @@ def contamination_table(report: dict | None, title: Callable[[str], str]) -> Tab
 # Pairs
 
 
-def pairs_table(speeches: list[dict], scores: list[dict], pairs: list[dict], paper: dict, resamples: int, seed: int) -> Table:
-    """Pairs by side of the split: how many, from which candidates, their gaps, and the lengths of the two responses."""
+def pairs_table(
+    speeches: list[dict], scores: list[dict], pairs: list[dict], paper: dict, resamples: int, seed: int, given: bool = False
+) -> Table:
+    """Pairs by side of the split: how many, from which candidates, their gaps, and the lengths of the two responses.
+
+    `given`: the run starts at these pairs, so that speeches and responses without a pair are not known.
+    """
     columns = [pair_column(speeches, scores, pairs, sides, resamples, seed) for sides in SIDES.values()]
+    if given:
+        known = ("with a pair", "Kept as pairs")
+        for column in columns:
+            for title in ("Client speeches", "Candidate pairs"):
+                column[title] = {name: cell if name in known else AT_PAIRS for name, cell in column[title].items()}
     reported = reported_pairs(paper)
     groups = [
         (title, [Row([name, *(column[title][name] for column in columns), *reported.get(name, [NOT_REPORTED] * 2)]) for name in rows])
@@ -92,15 +102,13 @@ def pair_column(
     scores = [score for score in scores if score["speech_id"] in split_of]
     pairs = [pair for pair in pairs if pair["split"] in sides]
     facts = pair_facts(pairs)
-    counted = {"Client speeches": speech_rows(split_of, scores, pairs), "Candidate pairs": candidate_rows(split_of, scores, pairs)}
-    if not speeches:
-        known = ("with a pair", "Kept as pairs")
-        counted = {title: {name: cell if name in known else AT_PAIRS for name, cell in rows.items()} for title, rows in counted.items()}
     doubtful = {
         "Chosen response is the longer one (%)": (facts["chosen words"] > facts["rejected words"]).astype(float),
         "Rejected response is the safer one (%)": facts["rejected safer"],
     }
-    return counted | {
+    return {
+        "Client speeches": speech_rows(split_of, scores, pairs),
+        "Candidate pairs": candidate_rows(split_of, scores, pairs),
         "Score gap, by the difference of mean scores": gap_rows(facts["gap"]),
         "Lengths": length_rows(facts),
         "Doubtful pairs": shares(doubtful, facts["speech"], resamples, seed),
@@ -183,7 +191,14 @@ def shares(values: dict[str, np.ndarray], speech: np.ndarray, resamples: int, se
 # The pool by size and language
 
 
-def model_groups_table(pool: Pool, classes: list[SizeClass], languages: dict[str, str]) -> Table:
+def candidates_note(given: bool) -> str:
+    """Return what the pairs are that rates are of."""
+    if given:
+        return "This run starts at pairs: the percentages are of the pairs in which a response stood, the only candidates that are known."
+    return "Candidates: every two scored responses to a speech, on the test side the best and the worst."
+
+
+def model_groups_table(pool: Pool, classes: list[SizeClass], languages: dict[str, str], given: bool = False) -> Table:
     """Responses chosen and rejected by size class and by the main language of the model's institution (findings of section 3.3)."""
     models = [model for size in classes for model in size.models]
     by_size = {size.title: size.models for size in classes}
@@ -213,8 +228,9 @@ def model_groups_table(pool: Pool, classes: list[SizeClass], languages: dict[str
     columns = ["Models", "Number", "Responses", "Mean score", "Chosen", "Rejected", "Chosen (%)", "Rejected (%)"]
     notes = [
         "Chosen (%) and rejected (%): of the candidate pairs in which a response of these models stood; the rest were left out.",
-        "Candidates: every two scored responses to a speech, on the test side the best and the worst. In brackets: 95 % bootstrap intervals"
-        " over speeches; they say how well this pool's rates are known, not what other models of the same size or language would do.",
+        candidates_note(given),
+        "In brackets: 95 % bootstrap intervals over speeches. They say how well this pool's rates are known, not what other models of the"
+        " same size or language would do.",
     ]
     return Table("model_groups", "The response pool by size and language (section 3.3)", columns, groups, notes)
 

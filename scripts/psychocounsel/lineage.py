@@ -783,10 +783,12 @@ class Lineage:
     def published_row(self, raw: str, path: str, speech: dict) -> Node:
         """The row of a raw file of pairs in which a speech stands first."""
         if raw not in self.raws:
-            sources = self.record(path)["identity"]["settings"]["sources"]
-            source = next(source for source in sources if source["source"] == speech["source"])
+            settings = self.record(path)["identity"]["settings"]
+            source = next(source for source in settings["sources"] if source["source"] == speech["source"])
             rows = preferences.renamed_rows(Path(raw), source["adapter"], source["columns"])
-            texts = {(row, text) for row, text in enumerate((self.published_text(row, source["adapter"]) for row in rows), start=1) if text}
+            speeches = enumerate((self.published_text(row, source["adapter"]) for row in rows), start=1)
+            keep = settings["personal_data"] == "keep"
+            texts = {(row, text if keep else mask(text)[0]) for row, text in speeches if text}
             self.raws[raw] = dict(enumerate(raw_lines(Path(raw)), start=1)), texts
         lines, texts = self.raws[raw]
         row = speech["source_row"]
@@ -843,7 +845,7 @@ def parsed(parse: Callable, answer: dict, *more: object) -> object:
 def side_formula(column: str, side: str) -> str:
     """Return how a column of chosen or rejected responses comes about."""
     if "(%)" in column:
-        return f"100 x pairs in which these models' response is the {side} one / places of their scored responses in candidate pairs"
+        return f"100 x pairs in which these models' response is the {side} one / places of their responses in candidate pairs"
     return f"number of pairs in which these models' response is the {side} one"
 
 

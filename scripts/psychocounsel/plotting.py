@@ -47,6 +47,12 @@ def canvas(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float 
     return figure, list(axes.flat)
 
 
+def say_empty(axes: Axes, reason: str) -> None:
+    """Write into a panel without data why it has none, in place of a scale that means nothing."""
+    axes.set_xticks([])
+    axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color="#555555")
+
+
 def save(figure: Figure, svg: Path, png: Path) -> None:
     """Save a figure twice, without the date, and close it."""
     figure.savefig(svg, format="svg", metadata={"Date": None})

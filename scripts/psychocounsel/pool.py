@@ -2,6 +2,7 @@
 
 How often a model's responses are chosen depends on how often it was drawn and how many others answered the same speeches. The
 rates take both out: of the candidate pairs in which a model's response stood, the share in which it was chosen, or rejected.
+A run that starts at given pairs knows no other candidates than these.
 """
 
 from collections import defaultdict
@@ -31,11 +32,20 @@ class Pool:
     """Counts of the pool's models, and their bootstrap replicates by speech."""
 
     def __init__(
-        self, scores: list[dict], pairs: list[dict], split_of: Mapping[str, str], models: Sequence[str], resamples: int, seed: int
+        self,
+        scores: list[dict],
+        pairs: list[dict],
+        split_of: Mapping[str, str],
+        models: Sequence[str],
+        resamples: int,
+        seed: int,
+        given: bool = False,
     ) -> None:
         met = {score["model"] for score in scores} | {pair[f"{side}_model"] for pair in pairs for side in SIDES} - {None}
         self.models = [*models, *sorted(met - set(models))]
         counts = pool_counts(scores, pairs, split_of, self.models)  # [speeches, models, 5]
+        if given:
+            counts[..., CANDIDATES] = counts[..., CHOSEN] + counts[..., REJECTED]
         self.sums = counts.sum(0)
         self.draws = resampled_sums(counts, resamples, seed) if len(counts) else np.zeros((0, *self.sums.shape))
 

@@ -63,7 +63,7 @@ class Presentation:
         """Return who scored the responses, and how."""
         judge = self.study.models[self.config["ratings"]["judge"]]
         return {
-            "judge": "the judge of the published data" if self.flow.starts_at_pairs else self.judge,
+            "judge": None if self.flow.starts_at_pairs else self.judge,
             "protocol": self.config["ratings"]["protocol"],
             "offline": self.study.endpoints[judge["endpoint"]]["kind"] == "local",
             "principles": [(p["id"], p["name"]) for p in self.study.principles],
@@ -91,6 +91,7 @@ class Presentation:
             judge=self.judge_of_answers,
             ratings=self.ratings(),
             note=self.config["note"],
+            starts_at_pairs=flow.starts_at_pairs,
             bootstrap=self.config["evaluation"]["bootstrap"],
             seed=self.config["seed"],
             reported={
@@ -103,6 +104,7 @@ class Presentation:
     def figures(self) -> list[str]:
         """The figures that this study has."""
         names = ["dataset", "pairs", "chosen_models", "rejected_models", "model_groups"]
+        names += ["judge_positions"] if self.flow.judge_assessment() else []
         names += ["win_rates", "win_rate_topics"] if self.flow.policies else []
         names += ["training_reward_models"] if self.reward_logs() else []
         names += ["training_policies"] if self.policy_logs() else []
@@ -113,7 +115,7 @@ class Presentation:
         """Titles and order of the figures' series."""
         flow, judged = self.flow, self.config["evaluation"]["checkpoints"]
         return dict(
-            titles=self.titles([*flow.pool, *flow.reward_models, *flow.study.policies]),
+            titles=self.titles([*flow.pool, *flow.reward_models, *flow.study.policies]) | dict(self.ratings()["principles"]),
             pool=self.size_classes(),
             languages=self.languages(),
             policies=flow.policies,
@@ -125,6 +127,7 @@ class Presentation:
                 for number in range(1, self.study.policies[policy].get("checkpoints", 1) + 1)
             ],
             note=self.config["note"],
+            starts_at_pairs=flow.starts_at_pairs,
             bootstrap=self.config["evaluation"]["bootstrap"],
             seed=self.config["seed"],
         )

@@ -104,6 +104,7 @@ class Slices:
             models=self.model_aliases(),
             near_duplicates=speeches["near_duplicates"],
             drop_near_test=self.config["pairs"]["drop_near_test"],
+            personal_data=speeches["personal_data"],
             limit=speeches["limit"],
             seed=self.config["seed"],
         )

@@ -37,14 +37,14 @@ class Number:
     @property
     def rounded(self) -> str:
         """The value as readers see it."""
-        return f"{self.value:,.{self.digits}f}"
+        return f"{self.value:z,.{self.digits}f}"
 
     @property
     def interval(self) -> str:
         """The interval as readers see it, in brackets; empty where there is none to show."""
         if self.low is None or not self.show_interval:
             return ""
-        return f"[{self.low:,.{self.digits}f}, {self.high:,.{self.digits}f}]"
+        return f"[{self.low:z,.{self.digits}f}, {self.high:z,.{self.digits}f}]"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def csv_fields(cell: Cell) -> list[str]:
     if isinstance(cell, str):
         return [cell, MISSING, MISSING]
     digits = cell.digits + 2 if cell.digits else 0
-    return [f"{x:.{digits}f}" if x is not None else MISSING for x in (cell.value, cell.low, cell.high)]
+    return [f"{x:z.{digits}f}" if x is not None else MISSING for x in (cell.value, cell.low, cell.high)]
 
 
 def to_markdown(table: Table) -> str:

@@ -129,6 +129,10 @@ class Workflow:
         """GPUs of a ranker."""
         return self.gpus(wildcards.ranker)
 
+    def policy_remote_slots(self, wildcards) -> int:
+        """remote_slots of a policy: of one without training, whose base may be behind an API."""
+        return self.remote_slots(self.study.policies[wildcards.policy]["base"])
+
     def policy_gpus(self, wildcards) -> int:
         """GPUs that serving a policy takes: those of its base."""
         return self.gpus(self.study.policies[wildcards.policy]["base"])

@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (  # SmolLM2's, without the system message that it inserts on it
 )
 
 
-def build_micro_model(folder: Path, seed: int = 0) -> Path:
+def build_micro_model(folder: Path, seed: int = 0, head_dim: int = 16) -> Path:
     """Write a model of two layers with its tokenizer into a folder; return its manifest.json."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,6 +38,7 @@ def build_micro_model(folder: Path, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=fast.bos_token_id,

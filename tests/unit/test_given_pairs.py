@@ -1,5 +1,6 @@
 """A run that starts at published pairs: what they hold becomes the run's own, once, on one side, and what does not fit is told."""
 
+import csv
 import json
 import random
 import subprocess
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fakes.published_data import PRINCIPLES, published_rows, write_rows
 
-from psychocounsel.records import read_records
+from psychocounsel.records import dump_records, read_records
 from psychocounsel.texts import normalise, speech_id
 from read_pairs import SIDES, GivenPair, drop_contradicting, drop_on_several_sides, first_sides
 from read_pairs import main as read_pairs
@@ -118,6 +119,20 @@ def test_repeated_rows_and_rows_without_ratings_are_counted(read):
     assert record["rows"]["pairs"]["dropped"] == {"duplicate": 1, "no rating of 1 to 5": 1, "empty": 2}
 
 
+@pytest.mark.parametrize(
+    ("choice", "kept", "reasons"), [("mask", "[email]", {}), ("keep", "me@home.org", {}), ("drop", None, {"personal data": 1})]
+)
+def test_personal_data_in_a_speech_is_masked_kept_or_drops_its_pairs(read, choice, kept, reasons):
+    train, test = published_rows(4, 2)
+    told = train[0] | {"question": "I feel watched. Write to me@home.org, as my mother does every evening, and tell me what to do."}
+    records, record = read({"train": [*train, told], "test": test}, personal_data=choice)
+    assert record["rows"]["pairs"]["dropped"] == reasons
+    speech = [s for s in records["speeches"] if s["text"].startswith("I feel watched")]
+    assert [(kept in s["text"], s.get("masked")) for s in speech] == (
+        [] if choice == "drop" else [(True, {"email": 1} if choice == "mask" else None)]
+    )
+
+
 def test_a_limit_keeps_whole_speeches(read):
     train, test = published_rows(20, 10)
     records, record = read({"train": train, "test": test}, limit=12)
@@ -144,6 +159,29 @@ def test_own_pairs_without_scores_models_or_sides(read):
     assert all(p["gap"] is None for p in records["pairs"])
 
 
+def test_tables_and_figures_of_pairs_without_scores_say_why(read, tmp_path):
+    rows = [{"prompt": f"I worry about {n} things at once, all day.", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(9)]
+    records, _ = read({"none": rows}, "chosen_rejected")
+    side = {s["speech_id"]: ("train", "dev", "test")[n % 3] for n, s in enumerate(records["speeches"])}
+    topic = {"topic": "anxiety", "coarse_topic": "core_mental_health_issues", "topic_from": "judge"}
+    unsplit = [{key: value for key, value in s.items() if key not in ("topic_label", "side")} for s in records["speeches"]]
+    dump_records(tmp_path / "split.jsonl", (s | topic | {"split": side[s["speech_id"]]} for s in unsplit), "speech")
+    dump_records(tmp_path / "divided.jsonl", (p | {"split": side[p["speech_id"]]} for p in records["pairs"]), "pair")
+    files = ["--speeches", tmp_path / "split.jsonl", "--scores", tmp_path / "scores.jsonl", "--pairs", tmp_path / "divided.jsonl"]
+    registries = ["--taxonomy", "config/taxonomy.yaml", "--out-dir", tmp_path / "out"]
+    told = ["--settings", json.dumps({"opponent": "O", "judge": "J", "pool": [{"title": "7B", "models": ["m"]}], "bootstrap": 20})]
+    for name, more in (("make_tables", ["--paper", "config/paper.yaml"]), ("plot_figures", [])):
+        command = [sys.executable, f"scripts/{name}.py", *map(str, (*files, *registries, *more)), *told]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for table in ("dataset", "pool", "pairs", "model_groups", "judge_consistency"):
+        for row in csv.DictReader((tmp_path / "out" / f"{table}.csv").open()):
+            assert row["notes"] or "n/a" not in row.values(), (table, row)
+            assert "nan" not in [cell.lower() for cell in row.values()], (table, row)
+    for figure in ("dataset", "pairs", "chosen_models", "rejected_models", "model_groups"):
+        assert (tmp_path / "out" / f"{figure}.png").stat().st_size > 5000
+
+
 def test_a_side_that_is_missing_is_said(read):
     train, test = published_rows(4, 2)
     assert "no pair is on the test side" in read({"train": train})
@@ -157,7 +195,7 @@ def test_columns_that_are_missing_are_said(read):
 
 
 def a_pair(row: int, speech: str, side: str | None, chosen: dict, rejected: dict) -> GivenPair:
-    return GivenPair("s", row, speech, speech, side, None, chosen, rejected)
+    return GivenPair("s", row, speech, speech, None, side, None, chosen, rejected)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from([None, *SIDES])), min_size=1))

@@ -101,7 +101,7 @@ def test_lengths_and_unsafe_choices_of_pairs_without_speeches():
     two = [pair("0" * 16, "train", better, worse), pair("1" * 16, "train", {"model": "y", "total": 26}, worse)]
     two[0]["chosen_scores"], two[0]["rejected_scores"] = {"safety": 3}, {"safety": 4}
     two[1]["chosen_scores"] = None
-    cells = {row.cells[0]: row.cells[1] for _, row in pairs_table([], [], two, PAPER, 50, 1).rows()}
+    cells = {row.cells[0]: row.cells[1] for _, row in pairs_table([], [], two, PAPER, 50, 1, given=True).rows()}
     assert isinstance(cells["All speeches"], Missing)
     assert cells["with a pair"].value == 2
     assert cells["Chosen, mean words"].value == 28
@@ -117,6 +117,18 @@ def test_a_pool_of_pairs_alone_has_counts_and_no_rates():
     assert pool.models == ["x", "y"]
     assert pool.count(["x"], CHOSEN) == pool.count(["y"], REJECTED) == 1
     assert pool.rate(["x"], CHOSEN) == {"value": None, "low": None, "high": None}
+
+
+def test_where_pairs_are_given_rates_are_of_the_pairs_themselves():
+    speeches, scores, pairs = drawn(60)
+    kept = {pair[f"{side}_model"] + pair["speech_id"] for pair in pairs for side in ("chosen", "rejected")}
+    scores = [score for score in scores if score["model"] + score["speech_id"] in kept]
+    for known in (scores, []):
+        pool = Pool(known, pairs, splits(speeches, pairs), MODELS, 20, 1, given=True)
+        for model in MODELS:
+            chosen, rejected = (sum(pair[f"{side}_model"] == model for pair in pairs) for side in ("chosen", "rejected"))
+            assert pool.rate([model], CHOSEN)["value"] == pytest.approx(chosen / (chosen + rejected))
+            assert pool.rate([model], REJECTED)["value"] == pytest.approx(rejected / (chosen + rejected))
 
 
 def drawn(speeches: int, answers: int = 3, seed: int = 5) -> tuple[list, list, list]:

@@ -114,6 +114,12 @@ def test_numbers_are_rounded_for_readers_and_whole_for_machines():
     }
 
 
+def test_what_rounds_to_nothing_has_no_sign():
+    made = table([Number(-0.000001, 3, -0.0000001, 0.0)])
+    assert "0.000 [0.000, 0.000]" in tables.to_markdown(made)
+    assert "-" not in tables.to_csv(made).split("\n")[1]
+
+
 @pytest.mark.parametrize("render", FORMATS.values())
 def test_every_missing_cell_has_a_footnote_and_equal_reasons_share_one(render):
     rows = [Row(["x", Missing("Reason one."), Missing("Reason two.")]), Row(["y", Missing("Reason two."), Number(1)], ["A note."])]

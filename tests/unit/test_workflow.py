@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,22 @@ def test_the_settings_of_a_recorded_job_are_found_again(flow):
 )
 def test_a_job_that_the_config_does_not_have_has_no_settings(flow, job):
     assert current_settings(flow, {"rule": job[0], "wildcards": job[1]}) is None
+
+
+def test_rules_that_may_ask_a_remote_endpoint_wait_for_each_other():
+    """`remote` keeps an account's limits over all jobs of a run; a policy in training has weights of its own and is served."""
+    parts = [re.split(r"^(use rule|rule) (.+?):?$", file.read_text(), flags=re.MULTILINE)[1:] for file in Path("rules").glob("*.smk")]
+    rules = [part[i : i + 3] for part in parts for i in range(0, len(part), 3)]
+    asking = {name: (kind, block) for kind, name, block in rules if "endpoints=endpoints_file" in block}
+    assert all("gpus=gpus_option" in block for _, block in asking.values()), "their shells name it"
+    own = {name: block for name, (kind, block) in asking.items() if kind == "rule"}
+    assert all("{params.gpus}" in block and "gpu=" in block for block in own.values())
+    assert {name for name, block in own.items() if "remote=" not in block} == {"sample_responses", "answer_checkpoint"}
+
+
+def test_a_model_is_spread_over_the_gpus_that_its_job_asks_for():
+    target = f"results/{load([]).run}/03_responses/llama-3.1-70b-instruct.jsonl"
+    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", target]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (asked,) = re.findall(r"generate_responses\.py .*", shown)
+    assert " --gpus 4 " in asked

@@ -34,7 +34,7 @@ READERS = {  # rule -> rules that read its outputs
     "parse_ratings": "score_responses assess_judge",
     "rate_again": "parse_again",
     "parse_again": "assess_judge",
-    "assess_judge": "make_tables",
+    "assess_judge": "make_tables plot_figures",
     "score_responses": "build_pairs make_tables plot_figures write_release",
     "build_pairs": "report_contamination train_reward_model score_pairs rank_pairs evaluate_rewards evaluate_rankings train_policy"
     " select_checkpoint make_tables plot_figures write_release summarise_run",
@@ -157,7 +157,7 @@ MATRIX = [
     (
         "a principle's name",
         text("config/principles.yaml", "Clarity and C", "Clearness and C"),
-        "rate_responses rate_again judge_answers make_tables",
+        "rate_responses rate_again judge_answers make_tables plot_figures write_release",
         {},
     ),
     (

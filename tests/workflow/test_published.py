@@ -1,6 +1,7 @@
 """A run that starts at published pairs, from the raw Parquet to the report and the release, without a request to any API."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -81,6 +82,12 @@ def test_the_release_holds_the_runs_pairs(folder):
         assert pq.read_table(run / "13_release" / "pairs" / f"{split}.parquet")["pair_id"].to_pylist() == [p["pair_id"] for p in pairs]
     assert "license: cc-by-nc-4.0" in (run / "13_release" / "README.md").read_text()
     assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=run / "13_release").returncode == 0
+
+
+def test_no_near_duplicate_of_a_test_speech_is_trained_on(folder):
+    report = json.loads((folder / "results" / "given" / "05_pairs" / "contamination.json").read_text())
+    own = [c for c in report["comparisons"] if c["tested"] == c["data"] == "psychocounsel"]
+    assert [(c["split"], c["similar"], c["repeated"]) for c in own] == [("train", 0, 0), ("dev", 0, 0)]
 
 
 def test_a_second_run_does_nothing_and_the_audit_finds_all_well(folder):
