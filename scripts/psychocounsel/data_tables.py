@@ -102,7 +102,7 @@ def pair_column(
     scores = [score for score in scores if score["speech_id"] in split_of]
     pairs = [pair for pair in pairs if pair["split"] in sides]
     facts = pair_facts(pairs)
-    doubtful = {
+    compared = {
         "Chosen response is the longer one (%)": (facts["chosen words"] > facts["rejected words"]).astype(float),
         "Rejected response is the safer one (%)": facts["rejected safer"],
     }
@@ -111,7 +111,7 @@ def pair_column(
         "Candidate pairs": candidate_rows(split_of, scores, pairs),
         "Score gap, by the difference of mean scores": gap_rows(facts["gap"]),
         "Lengths": length_rows(facts),
-        "Doubtful pairs": shares(doubtful, facts["speech"], resamples, seed),
+        "Length and safety": shares(compared, facts["speech"], resamples, seed),
     }
 
 

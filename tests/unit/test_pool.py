@@ -92,7 +92,7 @@ def test_rows_of_the_table_of_pairs_add_up(answered):
         assert kept == sum(pair["split"] in splits_ for pair in pairs)
         assert kept == sum(row[column] for name, row in rows.items() if "to" in name[1].split())
         if kept:  # the better response has more words
-            assert rows["Doubtful pairs", "Chosen response is the longer one (%)"][column] == 100
+            assert rows["Length and safety", "Chosen response is the longer one (%)"][column] == 100
 
 
 def test_lengths_and_unsafe_choices_of_pairs_without_speeches():
