@@ -114,7 +114,11 @@ def run(tmp_path_factory) -> Path:
         bootstrap=9,
     )
     inputs = [word for name in ("speeches", "scores", "pairs") for word in (f"--{name}", folder / f"{name}.jsonl")]
-    inputs += ["--win-rates", folder / "wins.json", *COMMON]
+    effect = {"value": 0.1, "low": -0.1, "high": 0.3}
+    places = {name: {"mean": 3.0, "places": [effect, effect], "p": None} for name in ("all", *PRINCIPLES)}
+    judge = {"judge": "j", "positions": {"places": 2, "speeches": 6, "scores": places}, "again": []}
+    (folder / "judge.json").write_text(json.dumps(judge))
+    inputs += ["--win-rates", folder / "wins.json", "--judge", folder / "judge.json", *COMMON]
     pool = [{"title": "all", "models": ["good", "bad"]}]
     named = {"opponent": "O", "judge": "J", "policies": ["p"], "note": "A demonstration."}
     succeed("make_tables", *inputs, "--paper", "config/paper.yaml", "--out-dir", folder / "tables", pool=pool, **named)
@@ -154,6 +158,7 @@ def test_figures_are_drawn_and_the_same_bytes_twice(run):
         "chosen_models",
         "rejected_models",
         "model_groups",
+        "judge_positions",
         "win_rates",
         "win_rate_topics",
         "training_reward_models",
@@ -189,7 +194,7 @@ def test_report_is_self_contained_escaped_and_tells_what_was_dropped(run, tmp_pa
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)|<script|<link|@import|url\(""", html)
     assert "I &lt;b&gt;feel&lt;/b&gt; tired &amp; alone." in html
     assert "It &lt;i&gt;explores&lt;/i&gt;." in html
-    assert html.count("data:image/svg+xml;base64,") == 9
+    assert html.count("data:image/svg+xml;base64,") == 10
     assert all(f'id="table-{path.stem}"' in html for path in run.glob("tables/*.html"))
     assert "<td>compute_win_rates</td>" in html
     assert "speeches: 2 → 2" in html
