@@ -2,7 +2,7 @@
 #   make demo SPEECHES=counsel-chat         the demonstration on real questions (source cache, else downloaded)
 #   make demo SPEECHES=counselling-bench    on questions with recorded answers of real 7B models
 #   make stress                             programs that ask models are killed 50 times each: nothing is paid twice
-#   make bench                              every benchmark at its default size (full scale: benchmarks/full_scale.py)
+#   make bench                              all benchmarks, in about a quarter of an hour (the paper's scale: benchmarks/full_scale.py)
 #   make plan                               what `make demo` would run, why, and what it would cost; with SPEECHES, too
 #   make plan STUDY=config/config.yaml PROFILE=slurm   the same of the paper's run
 #   make sources                            what becomes of each source of speeches whose file is at hand: counts, no texts
@@ -15,7 +15,6 @@ export OMP_WAIT_POLICY ?= PASSIVE
 SPEECHES ?= demo
 STUDY = config/demo.yaml$(if $(filter-out demo,$(SPEECHES)), config/demo_$(subst -,_,$(SPEECHES)).yaml)
 PROFILE = profiles/local
-BENCHMARKS = verify_speed near_duplicates chat_throughput full_scale
 RUN = demo$(if $(filter-out demo,$(SPEECHES)),-$(SPEECHES))
 
 .PHONY: demo plan pin sources test test-fast stress bench lint format dry-run audit report lock clean-demo
@@ -43,9 +42,12 @@ test-fast: .venv/dev.ready
 stress: .venv/dev.ready
 	PSYCHOCOUNSEL_KILLS=50 pytest -q tests/unit/test_killed_runs.py
 
-# One after the other, since each wants both cores.
+# One after the other, since each wants both cores; smaller than they go (their --help says how far) where that takes long.
 bench: .venv/dev.ready
-	set -e; for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; python benchmarks/$$benchmark.py; done
+	python benchmarks/verify_speed.py
+	python benchmarks/near_duplicates.py
+	python benchmarks/chat_throughput.py --requests 3000 --many 20000
+	python benchmarks/full_scale.py --rerun
 
 lint: .venv/dev.ready
 	ruff check .
