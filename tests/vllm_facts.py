@@ -3,8 +3,9 @@
     VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.24.0 pip download --no-deps --no-build-isolation --no-binary vllm vllm==0.24.0
     python tests/vllm_facts.py vllm-0.24.0.tar.gz > tests/unit/vllm_facts.json
 
-Reads the source package by its syntax trees, without vLLM: its options follow from the annotated fields of its configuration
-classes (vllm/engine/arg_utils.py: get_kwargs).
+(The first in an environment with torch, setuptools-scm, setuptools-rust and cmake, since pip asks the package's setup.py for its
+metadata; nothing is built.) Reads the source package by its syntax trees, without vLLM: its options follow from the annotated
+fields of its configuration classes (vllm/engine/arg_utils.py: get_kwargs).
 """
 
 import argparse

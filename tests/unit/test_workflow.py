@@ -129,7 +129,7 @@ def test_site_facts_are_in_no_settings(flow):
             assert '"title":"GPT-4o"' not in settings, program
 
 
-def test_a_change_reaches_exactly_the_settings_that_use_it():
+def test_a_change_reaches_exactly_the_settings_that_use_it(tmp_path):
     def changed(edit) -> set[str]:
         study = load([]).study
         before = calls(load([]))
@@ -144,6 +144,11 @@ def test_a_change_reaches_exactly_the_settings_that_use_it():
     assert changed(lambda s: s.models["o1-mini"]["price"].update(input=99)) == set()
     assert changed(lambda s: s.endpoints["openai"].update(requests_per_minute=7)) == set()
     assert changed(lambda s: s.models["o1-mini"]["sampling"].update(max_tokens=9)) == {"generate_responses"}
+    ours = Path("config/chat_templates/baichuan2.jinja").read_text()
+    for template, programs in ((f"{{# A remark. #}}\n{ours}", set()), (f"{ours}!", {"generate_responses"})):
+        (tmp_path / "new.jinja").write_text(template)
+        assert changed(lambda s: s.models["baichuan2-7b-chat"]["serve"].update(chat_template=str(tmp_path / "new.jinja"))) == programs
+    assert changed(lambda s: s.models["gemma-2-9b-it"]["serve"].update(tensor_parallel=2)) == set(), "the GPUs of a site"
     assert changed(lambda s: s.config["pairs"].update(min_gap=2.0)) == {"build_pairs", "assess_judge", "write_release", "write_report"}
     assert changed(lambda s: s.sources["counsel-chat"].update(sha256="0" * 64)) == {"fetch_source"}
     masked = {"select_speeches", "write_release", "write_report"}
