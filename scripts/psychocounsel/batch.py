@@ -1,7 +1,7 @@
 """OpenAI's Batch API as an engine of the chat client: the same requests at half the price, answered within a day.
 
 What is left to ask goes out in files of at most `max_requests` requests and `max_bytes` bytes. What is on its way stands in a
-file beside the journal, `<journal>.batches.jsonl`; a line reaches the disk before the next step can fail:
+file beside the journal, `<journal>.batches`; a line reaches the disk before the next step can fail:
 
     {"event": "intended", "batch": our name, "time": Unix time, "tokens": of the requests, "attempts": {request_key: earlier attempts}}
     {"event": "uploaded", "batch": our name, "file": id at the endpoint}
@@ -143,7 +143,7 @@ class Batches:
 
 def batches_of(journal: Path) -> Batches:
     """Return what is known of a journal's batches."""
-    return Batches(journal.with_name(f"{journal.name}.batches.jsonl"))
+    return Batches(journal.with_name(f"{journal.name}.batches"))
 
 
 # Files of requests and of results -----------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class Engine:
         calls = (call for call in self.calls() if call.key in self.left)
         call = next(calls, None)
         while call:
-            with Requests(self.kept.path.with_name(f"{self.kept.path.name}.requests.jsonl")) as requests:
+            with Requests(self.kept.path.with_name(f"{self.kept.path.name}.requests")) as requests:
                 while call and self.add(requests, call):
                     call = next(calls, None)
                 if not requests.attempts:
@@ -405,7 +405,7 @@ class Engine:
     def collect(self, batch: Batch, remote) -> None:
         """Journal the answers of a batch that has ended, and note what its other requests brought."""
         tried, unsent, fatal = {}, set(), None
-        with Results(self.kept.path.with_name(f"{self.kept.path.name}.results.jsonl")) as results:
+        with Results(self.kept.path.with_name(f"{self.kept.path.name}.results")) as results:
             self.fetch(remote, results)
             for call in self.calls():
                 if call.key not in batch.attempts:

@@ -80,7 +80,7 @@ def test_answers_come_in_the_order_of_the_requests_whatever_the_order_of_the_res
     assert made["metadata"]["journal"] == "journal.jsonl"
     rows = [json.loads(row) for row in server.files[made["input_file_id"]].splitlines()]
     assert [row["custom_id"] for row in rows] == [answer.request_key for answer in answers]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["endpoints.yaml", "journal.jsonl", "journal.jsonl.batches.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["endpoints.yaml", "journal.jsonl", "journal.jsonl.batches"]
 
 
 def test_a_batch_sends_what_a_direct_request_sends(tmp_path):
@@ -375,14 +375,14 @@ def test_a_batch_that_is_not_there_any_more_says_what_to_do(tmp_path):
         with pytest.raises(UserError, match="on the way"):
             ask(tmp_path, server.url, requests(3), limits={"wait": False})
         server.batches.clear()
-        with pytest.raises(UserError, match=r"not there.*another account.*move .*journal\.jsonl\.batches\.jsonl away"):
+        with pytest.raises(UserError, match=r"not there.*another account.*move .*journal\.jsonl\.batches away"):
             ask(tmp_path, server.url, requests(3), limits={"wait": False})
 
 
 def test_no_words_of_clients_and_no_key_reach_log_or_memory(tmp_path, caplog):
     with FakeBatches() as server, caplog.at_level(logging.INFO, "psychocounsel"):
         ask(tmp_path, server.url, requests(3))
-    seen = caplog.text + (tmp_path / "journal.jsonl.batches.jsonl").read_text()
+    seen = caplog.text + (tmp_path / "journal.jsonl.batches").read_text()
     assert "is on its way with 3 requests" in seen
     assert "question" not in seen
     assert KEY not in seen
@@ -437,14 +437,14 @@ def test_what_is_asked_no_more_is_collected_when_it_is_asked_again(tmp_path):
 
 
 def test_a_line_that_was_cut_off_is_dropped_and_a_damaged_one_named(tmp_path):
-    memory = tmp_path / "journal.jsonl.batches.jsonl"
+    memory = tmp_path / "journal.jsonl.batches"
     with FakeBatches() as server:
         ask(tmp_path, server.url, requests(2))
         memory.write_bytes(memory.read_bytes() + b'{"event":"inten')
         ask(tmp_path, server.url, requests(4))
         assert paid_once(server, 4)
         memory.write_bytes(b'{"event":"created","batch":"x","id":"y"}\n')
-        with pytest.raises(UserError, match=r"batches\.jsonl:1: not a line about batches.*move"):
+        with pytest.raises(UserError, match=r"batches:1: not a line about batches.*move"):
             ask(tmp_path, server.url, requests(5))
 
 
@@ -484,7 +484,7 @@ def test_a_run_cut_off_at_any_step_is_taken_up_without_paying_twice(tmp_path, mo
 def test_a_file_of_batches_from_before_a_kill_survives_every_cut_of_its_last_line(tmp_path):
     with FakeBatches(fate=lambda number: Fate(polls=10**6)) as server, pytest.raises(UserError):
         ask(tmp_path, server.url, requests(2), limits={"wait": False})
-    memory = tmp_path / "journal.jsonl.batches.jsonl"
+    memory = tmp_path / "journal.jsonl.batches"
     whole = memory.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     for cut in range(1, len(last)):
