@@ -54,9 +54,9 @@ def endpoints_file(wildcards, input):
     return flow.endpoints
 
 
-def price_files(wildcards, input):
-    """The registries of models, for their list prices."""
-    return config["files"]["models"]
+def money_options(wildcards, input):
+    """The registries of models with their list prices, the ledger of the run, and its budget if it has one."""
+    return flow.money_options
 
 
 def cache_option(wildcards, output):

@@ -22,14 +22,14 @@ rule answer_opponent:
         code=code("generate_responses"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=weights_option,
         journal=flow.work("journal/answers/opponent.jsonl"),
     message:
         "The opponent answers the test speeches"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} --split test {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} {params.money} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
 
 
@@ -56,14 +56,14 @@ rule answer_speeches:
         code=code("generate_responses"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=weights_option,
         journal=flow.work("journal/answers/{policy}.jsonl"),
     message:
         "{wildcards.policy} answers the test speeches in both settings"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} --split test {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal} --length-of {input.opponent}"
+        " --endpoints {params.endpoints} {params.gpus} {params.money} --journal {params.journal} --length-of {input.opponent}"
         " --out {output.free} --out-length {output.length} --failed {output.failed} 2> {log}"
 
 
@@ -90,14 +90,14 @@ rule judge_answers:
         code=code("judge_answers"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=weights_option,
         journal=flow.work("journal/judgements/{policy}.{setting}.jsonl"),
     message:
         "Judge {wildcards.policy} against the opponent, setting {wildcards.setting}, both orders"
     shell:
         "python scripts/judge_answers.py --speeches {input.speeches} --answers {input.answers} --opponent {input.opponent} {params.weights}"
-        " --settings {params.settings:q} --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
+        " --settings {params.settings:q} --endpoints {params.endpoints} {params.gpus} {params.money} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
 
 
@@ -184,14 +184,14 @@ rule answer_checkpoint:
         code=code("generate_responses"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=flow.checkpoint_weights,
         journal=flow.work("journal/answers/{policy}.checkpoint-{checkpoint}.jsonl"),
     message:
         "Checkpoint {wildcards.checkpoint} of {wildcards.policy} answers"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} {params.money} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
 
 
@@ -211,7 +211,7 @@ use rule judge_answers as judge_checkpoint with:
         code=code("judge_answers"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=weights_option,
         journal=flow.work("journal/judgements/{policy}.checkpoint-{checkpoint}.jsonl"),
     message:

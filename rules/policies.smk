@@ -43,14 +43,14 @@ rule sample_responses:
         code=code("generate_responses"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=flow.sampling_weights,
         journal=flow.work("journal/samples/{policy}.{iteration}.jsonl"),
     message:
         "Sample answers of {wildcards.policy}, iteration {wildcards.iteration}"
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} {params.money} --journal {params.journal}"
         " --out {output.samples} --failed {output.failed} 2> {log}"
 
 

@@ -24,14 +24,14 @@ rule rate_responses:
         code=code("rate_responses"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=weights_option,
         journal=flow.work("journal/ratings.jsonl"),
     message:
         "Rate the responses on the seven principles"
     shell:
         "python scripts/rate_responses.py --speeches {input.speeches} --responses {input.responses} {params.weights}"
-        " --settings {params.settings:q} --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
+        " --settings {params.settings:q} --endpoints {params.endpoints} {params.gpus} {params.money} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
 
 
@@ -87,7 +87,7 @@ use rule rate_responses as rate_again with:
         code=code("rate_responses"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=weights_option,
         journal=flow.work("journal/ratings_again/{order}.jsonl"),
     message:

@@ -43,7 +43,7 @@ rule generate_responses:
         code=code("generate_responses"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=weights_option,
         recorded=recorded_option,
         journal=flow.work("journal/responses/{model}.jsonl"),
@@ -52,5 +52,5 @@ rule generate_responses:
     shell:
         "python scripts/generate_responses.py --speeches {input.speeches} --assignment {input.assignment}"
         " {params.weights} {params.recorded} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} {params.money} --journal {params.journal}"
         " --out {output.responses} --failed {output.failed} 2> {log}"

@@ -91,14 +91,14 @@ rule rank_pairs:
         code=code("rank_pairs"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=weights_option,
         journal=flow.work("journal/rankings/{ranker}.jsonl"),
     message:
         "{wildcards.ranker} ranks the test pairs in both orders"
     shell:
         "python scripts/rank_pairs.py --pairs {input.pairs} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} {params.money} --journal {params.journal}"
         " --out {output.rankings} --failed {output.failed} 2> {log}"
 
 

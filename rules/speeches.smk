@@ -22,14 +22,14 @@ rule label_topics:
         code=code("label_topics"),
         endpoints=endpoints_file,
         gpus=gpus_option,
-        prices=price_files,
+        money=money_options,
         weights=weights_option,
         journal=flow.work("journal/label_topics.jsonl"),
     message:
         "Give each speech one of the 42 topics"
     shell:
         "python scripts/label_topics.py --speeches {input.speeches} {params.weights} --settings {params.settings:q}"
-        " --endpoints {params.endpoints} {params.gpus} --prices {params.prices} --journal {params.journal}"
+        " --endpoints {params.endpoints} {params.gpus} {params.money} --journal {params.journal}"
         " --out {output.topics} --failed {output.failed} 2> {log}"
 
 

@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 from pydantic import Field
 
-from psychocounsel.asking import add_endpoint_arguments, write_failures
+from psychocounsel.asking import add_endpoint_arguments, money, write_failures
 from psychocounsel.chat import ChatAnswer, ChatFailure, ChatRequest, Lazy, complete
 from psychocounsel.errors import UserError
 from psychocounsel.models import ModelSpec, Part, chat_messages
@@ -149,8 +149,7 @@ def asked_answers(run: Stage, requests: Collection[ChatRequest]) -> tuple[Collec
         check=require_text,
         attempts=run.settings.attempts,
         max_failed_share=run.settings.max_failed_share,
-        prices=run.args.prices,
-        plan=run.args.plan,
+        **money(run.args),
     )
     run.note(api=totals)
     return answers, failures

@@ -43,7 +43,16 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs over which vLLM spreads a model that it serves (default 1)")
     parser.add_argument("--journal", required=True, help="file that keeps every answer at once: after a crash nothing is asked twice")
     parser.add_argument("--prices", nargs="+", default=[], metavar="FILE", help="registry of models with list prices (config/models.yaml)")
+    parser.add_argument(
+        "--ledger", metavar="FILE", help="what all jobs of the run have spent, and what is in flight (work/<run>/spending.json)"
+    )
+    parser.add_argument("--budget", type=float, metavar="DOLLARS", help="nothing is sent that could take the ledger's sum past it")
     parser.add_argument("--plan", action="store_true", help="ask and write nothing: print requests left after the journal, tokens and cost")
+
+
+def money(args: argparse.Namespace) -> dict:
+    """Return what `chat.complete` is told of money."""
+    return {"prices": args.prices, "ledger": args.ledger, "budget": args.budget, "plan": args.plan}
 
 
 def ask(
@@ -64,8 +73,7 @@ def ask(
         check=check,
         attempts=settings.attempts,
         max_failed_share=settings.max_failed_share,
-        prices=args.prices,
-        plan=args.plan,
+        **money(args),
     )
     run.note(api=totals)
     run.account("requests", rows_in=len(requests), rows_out=len(answers), dropped={"no usable answer": len(failures)})

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import orjson
 
+from psychocounsel.budget import Purse
 from psychocounsel.endpoints import Endpoint
 from psychocounsel.errors import UserError
 from psychocounsel.journal import Journal, add_tokens, sync_folder
@@ -47,7 +48,7 @@ log = logging.getLogger("psychocounsel")
 Calls = Callable[[], Iterable[Call]]  # walked through again and again: only keys are held in memory
 
 
-def ask_in_batches(endpoint: Endpoint, api_key: str, common: dict, calls: Calls, kept: Journal, attempts: int) -> None:
+def ask_in_batches(endpoint: Endpoint, api_key: str, common: dict, calls: Calls, kept: Journal, attempts: int, purse: Purse | None) -> None:
     """Ask every call that is not in the journal, and journal what became of each; `common` holds what all calls send alike.
 
     The program waits until all batches have ended. With the endpoint's batch.wait off it ends, by a UserError that says so, as soon as
@@ -56,7 +57,7 @@ def ask_in_batches(endpoint: Endpoint, api_key: str, common: dict, calls: Calls,
     from openai import OpenAI
 
     with OpenAI(base_url=endpoint.base_url, api_key=api_key, timeout=endpoint.timeout_s, max_retries=0) as client:
-        Engine(client, endpoint, common, calls, kept, attempts).run()
+        Engine(client, endpoint, common, calls, kept, attempts, purse).run()
 
 
 def refuse_under_way(calls: Calls, journal: Path) -> None:
@@ -153,7 +154,7 @@ class Requests:
     """A file of requests for one batch, written line by line to the disk: none is held in memory."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.attempts, self.tokens, self.bytes = path, {}, 0, 0
+        self.path, self.attempts, self.tokens, self.bytes, self.dollars = path, {}, 0, 0, 0.0
         self.file = open(path, "wb")  # noqa: SIM115 (open until it is sent)
 
     def __enter__(self) -> "Requests":
@@ -163,12 +164,13 @@ class Requests:
         self.file.close()
         self.path.unlink()
 
-    def add(self, key: str, attempts: int, line: bytes, tokens: int) -> None:
-        """Append the line of a request."""
+    def add(self, key: str, attempts: int, line: bytes, tokens: int, dollars: float) -> None:
+        """Append the line of a request, which may cost so much."""
         self.file.write(line)
         self.attempts[key] = attempts
         self.tokens += tokens
         self.bytes += len(line)
+        self.dollars += dollars
 
 
 def request_line(call: Call, attempt: int, common: dict) -> bytes:
@@ -185,6 +187,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path, self.places, self.damaged = path, {}, 0  # places: request_key -> where its line begins
+        self.spent, self.told = add_tokens({}, None), set()  # tokens of all answers; keys whose cost is told, even that it is none
         self.file = open(path, "w+b")  # noqa: SIM115 (open as long as the results)
 
     def __enter__(self) -> "Results":
@@ -208,10 +211,23 @@ class Results:
         for line in iter(self.file.readline, b""):
             try:
                 if line.strip():
-                    self.places.setdefault(orjson.loads(line)["custom_id"], place)
+                    self.take(orjson.loads(line), place)
             except (ValueError, KeyError, TypeError):
                 self.damaged += 1
             place += len(line)
+
+    def take(self, row: dict, place: int) -> None:
+        """Note where the line of a request begins, and what it cost; of two lines the first counts."""
+        if row["custom_id"] in self.places:
+            return
+        self.places[row["custom_id"]] = place
+        response = row.get("response") or {}
+        body = response.get("body") if response.get("status_code") == 200 else None
+        if response.get("status_code") != 200 or (isinstance(body, dict) and body.get("usage")):
+            self.told.add(row["custom_id"])
+        if isinstance(body, dict) and (usage := body.get("usage")):
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+            self.spent = add_tokens(self.spent, usage | {"cached_tokens": cached})
 
     def row(self, key: str) -> dict | None:
         """Return the line about a request, or None."""
@@ -231,9 +247,9 @@ class NotCarriedOut(Exception):
 class Engine:
     """Sends the calls of one run in batches, waits, and collects the results."""
 
-    def __init__(self, client, endpoint: Endpoint, common: dict, calls: Calls, kept: Journal, attempts: int) -> None:
+    def __init__(self, client, endpoint: Endpoint, common: dict, calls: Calls, kept: Journal, attempts: int, purse: Purse | None) -> None:
         self.client, self.endpoint, self.common, self.calls, self.kept, self.most = client, endpoint, common, calls, kept, attempts
-        self.limits, self.where = endpoint.batch, client.base_url
+        self.limits, self.where, self.purse = endpoint.batch, client.base_url, purse
         self.batches = batches_of(kept.path)
         self.asked = {call.key for call in calls()}
         exhausted = {key for key in self.asked if self.batches.attempts(key) >= attempts}
@@ -243,6 +259,8 @@ class Engine:
 
     def run(self) -> None:
         """Collect, send and wait until every call is answered or has failed for good."""
+        if self.purse:
+            self.purse.keep_batches(set(self.batches.open))
         self.find_lost()
         while True:
             ended = self.poll()
@@ -260,8 +278,12 @@ class Engine:
         self.batches.note("settled")
 
     def flying(self) -> list[Batch]:
-        """Return the batches on their way that hold something that this run asks."""
-        return [batch for batch in self.batches.open.values() if not self.asked.isdisjoint(batch.attempts)]
+        """Return the batches on their way that hold something that this run asks, or has just been answered."""
+        return [batch for batch in self.batches.open.values() if any(key in self.asked or self.answered(key) for key in batch.attempts)]
+
+    def answered(self, key: str) -> bool:
+        """Whether the journal answers a request of this run."""
+        return bytes.fromhex(key) in self.kept
 
     def on_their_way(self) -> str:
         """Say what is waited for."""
@@ -278,6 +300,7 @@ class Engine:
         calls = (call for call in self.calls() if call.key in self.left)
         call = next(calls, None)
         while call:
+            self.room = self.purse.room() if self.purse else math.inf
             with Requests(self.kept.path.with_name(f"{self.kept.path.name}.requests")) as requests:
                 while call and self.add(requests, call):
                     call = next(calls, None)
@@ -292,8 +315,14 @@ class Engine:
         queued = sum(batch.tokens for batch in self.batches.open.values()) + requests.tokens
         fits = len(requests.attempts) < limits.max_requests and requests.bytes + len(line) <= limits.max_bytes
         fits = fits and (limits.enqueued_tokens is None or queued + tokens <= limits.enqueued_tokens)
-        if fits or not (requests.attempts or self.flying()):  # one that is too large by itself is for the endpoint to refuse
-            requests.add(call.key, attempt, line, tokens)
+        alone = not (requests.attempts or self.flying())
+        dollars = self.purse.at_most(len(line)) if self.purse else 0
+        if requests.dollars + dollars > self.room:  # what is on its way may leave some over
+            if alone:
+                raise self.purse.exhausted(dollars)
+            return False
+        if fits or alone:  # one that is too large by itself is for the endpoint to refuse
+            requests.add(call.key, attempt, line, tokens, dollars)
             self.left.remove(call.key)
             return True
         return False
@@ -302,6 +331,8 @@ class Engine:
         """Send a file as a batch, and remember each step."""
         requests.file.flush()
         name = uuid.uuid4().hex
+        if self.purse:
+            self.purse.take_batch(name, requests.dollars)
         self.batches.note("intended", batch=name, time=time.time(), tokens=requests.tokens, attempts=requests.attempts)
         uploaded = self.call("upload a file of requests", lambda: self.upload(requests.path))
         self.batches.note("uploaded", batch=name, file=uploaded.id)
@@ -335,6 +366,7 @@ class Engine:
                 self.batches.note("created", batch=batch.name, id=found.id)
             else:
                 self.left |= self.asked & batch.attempts.keys()
+                self.settle(batch, 0)
                 self.batches.note("ended", batch=batch.name, status="never created", tried={}, unclaimed=[])
 
     def find(self, batch: Batch):
@@ -383,6 +415,7 @@ class Engine:
     def refused(self, batch: Batch, remote, room_made: bool) -> None:
         """Take back a batch that the endpoint did not carry out; raise UserError where sending it again is of no use."""
         self.left |= self.asked & batch.attempts.keys()
+        self.settle(batch, 0)
         self.batches.note("ended", batch=batch.name, status="failed", tried={}, unclaimed=[])
         faults = (remote.errors and remote.errors.data) or []
         codes = {fault.code for fault in faults}
@@ -404,12 +437,14 @@ class Engine:
 
     def collect(self, batch: Batch, remote) -> None:
         """Journal the answers of a batch that has ended, and note what its other requests brought."""
-        tried, unsent, fatal = {}, set(), None
+        tried, unsent, fatal, untold = {}, set(), None, 0.0
         with Results(self.kept.path.with_name(f"{self.kept.path.name}.results")) as results:
             self.fetch(remote, results)
             for call in self.calls():
                 if call.key not in batch.attempts:
                     continue
+                if self.purse and call.key not in results.told:  # its answer is lost, and may be billed
+                    untold += self.purse.at_most(len(request_line(call, batch.attempts[call.key], self.common)))
                 try:
                     outcome = self.outcome(call, batch.attempts[call.key] + 1, results.row(call.key))
                 except NotCarriedOut:
@@ -423,16 +458,22 @@ class Engine:
                     else:
                         self.kept.add(outcome)
         self.kept.sync()
-        unclaimed = [key for key in batch.attempts if not (key in tried or key in unsent or bytes.fromhex(key) in self.kept)]
+        unclaimed = [key for key in batch.attempts if not (key in tried or key in unsent or self.answered(key))]
         answered = len(batch.attempts) - len(tried) - len(unsent) - len(unclaimed)
         again = unsent | {key for key, tale in tried.items() if tale["attempts"] < self.most}
         log.info("batch %s %s: %d requests answered, %d to be asked again", remote.id, remote.status, answered, len(again))
+        self.settle(batch, self.purse.price_of(results.spent) + untold if self.purse else 0)
         self.batches.note("ended", batch=batch.name, status=remote.status, tried=tried, unclaimed=unclaimed)
         self.left |= again
         if fatal:
             raise fatal
         if unsent and not answered and not tried:  # or it would be sent for ever
             raise UserError(f"{self.where}: batch {remote.id} {remote.status} before any of its requests was carried out. {KEPT}")
+
+    def settle(self, batch: Batch, dollars: float) -> None:
+        """Tell the budget what a batch cost."""
+        if self.purse:
+            self.purse.settle_batch(batch.name, dollars)
 
     def outcome(self, call: Call, attempt: int, row: dict | None) -> dict:
         """Return what became of a request: a line for the journal, or reason, raw, spent and attempts where it brought no usable answer."""

@@ -12,11 +12,13 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from psychocounsel.batch import Calls, ask_in_batches, batches_of, refuse_under_way
+from psychocounsel.budget import OutOfBudget, Purse
 from psychocounsel.endpoints import Endpoint, read_endpoint
 from psychocounsel.errors import UserError
 from psychocounsel.journal import Journal, add_tokens, peek
@@ -97,6 +99,8 @@ def complete(
     attempts: int = 3,
     max_failed_share: float = 0.01,
     prices: list[Path | str] = (),
+    ledger: Path | str | None = None,
+    budget: float | None = None,
     plan: bool = False,
 ) -> tuple[Collection[ChatAnswer], Collection[ChatFailure], dict]:
     """Answer the requests; return answers and failures, each in the order of the requests, and totals for the provenance record.
@@ -107,7 +111,8 @@ def complete(
     `weights` is the manifest of local weights, `gpus` over how many GPUs vLLM spreads a model that it serves, `check` raises
     ValueError(reason) where a text is unusable, `response_schema` holds for requests without one of their own. Equal requests are
     asked once. The totals' tokens and their cost by the list price in `prices` (the models' registry) are those of all attempts,
-    journalled or not. With `plan` nothing is asked, and the program ends here.
+    journalled or not; `ledger` is the file of what all jobs of the run spend, which together stay below `budget` dollars. With `plan`
+    nothing is asked, and the program ends here.
     """
     endpoint, price = read_endpoint(Path(endpoints), spec.endpoint), read_price(prices, spec.name)
     identity = model_identity(spec, endpoint, Path(weights) if weights else None)
@@ -132,8 +137,15 @@ def complete(
         with Journal(Path(journal), keys.values()) as kept:
             totals["from_journal"] = sum(key in kept for key in kept.answers)
             log.info("%s: %d requests, %d answered in the journal", spec.name, len(kept.answers), totals["from_journal"])
-            folder = Path(weights).parent if weights else None
-            ask_all(spec, endpoint, folder, gpus, lambda: map(call, unanswered(requests, keys, kept)), kept, attempts)
+            folder, money = Path(weights).parent if weights else None, partial(purse, spec, endpoint, price, ledger, budget)
+            try:
+                ask_all(spec, endpoint, folder, gpus, lambda: map(call, unanswered(requests, keys, kept)), kept, attempts, money)
+            except OutOfBudget as fault:
+                left = sum(key not in kept for key in kept.answers)
+                raise UserError(
+                    f"{spec.name}: {fault} {left:,} of {len(kept.answers):,} requests are left to ask. What was answered is kept: to go on,"
+                    " raise `budget` in the config and run again."
+                ) from None
         answered, outcome = kept, kept.outcome
         totals |= kept.spent
 
@@ -235,24 +247,43 @@ def common_body(spec: ModelSpec, endpoint: Endpoint, folder: Path | None) -> dic
 # Asking -------------------------------------------------------------------------------------------------------------------------------
 
 
-def ask_all(spec: ModelSpec, endpoint: Endpoint, folder: Path | None, gpus: int, left: Calls, kept: Journal, attempts: int) -> None:
+def ask_all(
+    spec: ModelSpec, endpoint: Endpoint, folder: Path | None, gpus: int, left: Calls, kept: Journal, attempts: int, money: Callable
+) -> None:
     """Ask every call that is left and journal each outcome as it comes; without calls no server is started."""
     if next(iter(left()), None) is None:
         return
     api_key, common = endpoint.api_key(), common_body(spec, endpoint, folder)
     if endpoint.kind == "batch":
-        ask_in_batches(endpoint, api_key, common, left, kept, attempts)
+        with money(kept.path) as purse:
+            ask_in_batches(endpoint, api_key, common, left, kept, attempts, purse)
         return
     refuse_under_way(left, kept.path)
     ask = partial(ask_until_usable, attempts=attempts, with_seed=endpoint.server != "transformers")
 
     def send(base_url: str) -> None:
-        asyncio.run(send_all(endpoint, base_url, api_key, common, left(), ask, kept.add))
+        with money(kept.path) as purse:
+            asyncio.run(send_all(endpoint, base_url, api_key, common, left(), ask, kept.add, purse))
 
     if endpoint.kind == "serve":
         while_served(spec, endpoint, folder, gpus, kept.path.with_name(kept.path.name + ".server.log"), send)
     else:
         send(endpoint.base_url)
+
+
+def purse(spec: ModelSpec, endpoint: Endpoint, price: dict | None, ledger: Path | str | None, budget: float | None, journal: Path):
+    """Return what a journal's requests are paid from, to be opened; of None where they cost nothing that is known.
+
+    Raise UserError where a budget could not be kept: without a price, or a limit to the length of answers.
+    """
+    if not endpoint.remote or (price is None and budget is None):
+        return nullcontext()
+    if budget is not None and (price is None or spec.sampling is None or ledger is None):
+        lacks = "price" if price is None else "max_tokens" if spec.sampling is None else "ledger (--ledger)"
+        raise UserError(f"{spec.name} has no {lacks}, without which the budget of ${budget:,.2f} cannot be kept (models.yaml)")
+    if ledger is None:
+        return nullcontext()
+    return Purse(Path(ledger), journal, price, budget, spec.sampling.max_tokens if spec.sampling else 0, endpoint.kind == "batch")
 
 
 async def ask_until_usable(line: Line, call: Call, attempts: int, with_seed: bool) -> dict:

@@ -9,6 +9,7 @@ import jsonschema
 import orjson
 import yaml
 
+from psychocounsel.endpoints import is_remote
 from psychocounsel.errors import UserError, nearest, nearest_or_all
 from psychocounsel.pins import is_unpinned_model, is_unpinned_source, pin_models, pin_sources
 from psychocounsel.records import SCHEMAS
@@ -291,6 +292,20 @@ def reference_errors(study: Study) -> Iterator[str]:
             f"responses.models_per_speech ({config['responses']['models_per_speech']}); name more models or lower it."
         )
     yield from unknown(("ratings", "judge"), config["ratings"]["judge"], "chat model", chat)
+
+    if config["budget"] is not None:
+        asked = [
+            config["topics"]["judge"],
+            *config["responses"]["pool"],
+            config["ratings"]["judge"],
+            *config["reward_evaluation"]["rankers"],
+        ]
+        asked += [config["evaluation"]["opponent"], config["evaluation"]["judge"]]
+        for name in dict.fromkeys(name for name in asked if name in chat):
+            model = study.models[name]
+            if not model.get("price") and is_remote(study.endpoints.get(model["endpoint"], {}).get("kind")):
+                where = locate((name,), models_files)
+                yield f"{where}: models.{name} has no price, so the budget cannot be kept; give it one, or set `budget` to null."
 
     near = config["speeches"]["near_duplicates"]
     if near["cluster_above"] > near["drop_above"]:

@@ -183,6 +183,14 @@ def peek(path: Path) -> dict[str, dict]:
     return found
 
 
+def tokens_of(path: Path) -> dict:
+    """Return the tokens that all lines of a journal spent."""
+    total = add_tokens({}, None)
+    for line in whole_lines(path) if path.is_file() else ():
+        total = add_tokens(total, orjson.loads(line)["spent"])
+    return total
+
+
 def add_tokens(total: dict, usage: dict | None) -> dict:
     """Return the sum of two counts of tokens by kind; a kind that an endpoint does not count is 0.
 

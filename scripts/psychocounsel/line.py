@@ -18,8 +18,10 @@ from email.utils import parsedate_to_datetime
 
 import orjson
 
+from psychocounsel.budget import Purse
 from psychocounsel.endpoints import Endpoint
 from psychocounsel.errors import UserError
+from psychocounsel.journal import add_tokens
 from psychocounsel.pricing import CHARACTERS_PER_TOKEN
 
 CODE_VERSION = 1  # counts in code fingerprints instead of this module's text; raise it when what is kept of an answer changes
@@ -59,6 +61,7 @@ async def send_all(
     calls: Iterable[Call],
     ask: Callable[["Line", Call], Awaitable[dict]],
     keep: Callable[[dict], None],
+    purse: Purse | None,
 ) -> None:
     """Let `concurrency` workers ask the calls and keep the outcomes; raise the first fatal fault when all that is under way has come in.
 
@@ -71,7 +74,7 @@ async def send_all(
     async with AsyncOpenAI(
         base_url=base_url, api_key=api_key, timeout=endpoint.timeout_s, max_retries=0, http_client=DefaultAioHttpClient()
     ) as client:
-        line, queue, turn = Line(client, endpoint, common), Queue(calls), asyncio.Lock()
+        line, queue, turn = Line(client, endpoint, common, purse), Queue(calls), asyncio.Lock()
 
         async def work() -> None:
             while True:
@@ -134,8 +137,8 @@ class Queue:
 class Line:
     """An open line: keeps the endpoint's limits, sends again what may pass, and is stopped by the first fatal fault."""
 
-    def __init__(self, client, endpoint: Endpoint, common: dict) -> None:
-        self.client, self.endpoint, self.common = client, endpoint, common
+    def __init__(self, client, endpoint: Endpoint, common: dict, purse: Purse | None) -> None:
+        self.client, self.endpoint, self.common, self.purse = client, endpoint, common, purse
         self.longest_answer = common.get("max_tokens") or common.get("max_completion_tokens") or 0
         self.requests, self.tokens = limiter(endpoint.requests_per_minute), limiter(endpoint.tokens_per_minute)
         self.fault: Exception | None = None
@@ -158,20 +161,14 @@ class Line:
 
         Raise PassingFault where it did not pass in all retries, RefusedRequest, or what is fatal.
         """
-        from httpx2 import Response
         from openai import APIError
 
         body = {"messages": call.messages, **self.common}
         for retry in range(self.endpoint.max_retries + 1):
             if retry or not admitted:
                 await self.admit(call)
-            if self.fault:
-                raise self.fault
             try:
-                async with asyncio.timeout(self.endpoint.timeout_s):  # the client's own begins anew with each piece of an answer
-                    # `chat.completions.create` would spend more time on checking types, of both sides, than all the rest takes.
-                    reply = await self.client.post("/chat/completions", cast_to=Response, body=body | options)
-                return read_completion(orjson.loads(reply.content))
+                return await self.paid(body | options)
             except (APIError, ValueError, TimeoutError) as error:  # ValueError: no JSON, or no completion
                 reason = self.reason(error)
                 if retry < self.endpoint.max_retries:
@@ -179,6 +176,33 @@ class Line:
                 elif self.endpoint.kind == "serve" and reason == NO_CONNECTION:
                     raise ConnectionError from None  # a server of our own, on this host: it will not come back
         raise PassingFault(reason)
+
+    async def paid(self, body: dict) -> dict:
+        """Return the answer to a request that is sent once, within the budget."""
+        if self.purse is None:
+            return await self.sent(body)
+        spent = taken = self.purse.at_most(len(orjson.dumps(body)))  # where no reply tells, it may have been answered, and billed
+        await self.purse.take(taken)
+        try:
+            answer = await self.sent(body)
+            spent = self.purse.price_of(add_tokens({}, answer["usage"])) if answer["usage"] else taken
+        except Exception as error:
+            spent = 0 if error is self.fault or unbilled(error) else taken
+            raise
+        finally:
+            self.purse.settle(taken, spent)
+        return answer
+
+    async def sent(self, body: dict) -> dict:
+        """Return the answer to a request that is sent once."""
+        from httpx2 import Response
+
+        if self.fault:
+            raise self.fault
+        async with asyncio.timeout(self.endpoint.timeout_s):  # the client's own begins anew with each piece of an answer
+            # `chat.completions.create` would spend more time on checking types, of both sides, than all the rest takes.
+            reply = await self.client.post("/chat/completions", cast_to=Response, body=body)
+        return read_completion(orjson.loads(reply.content))
 
     async def wait(self, seconds: float) -> None:
         """Sleep, but not past the line's end."""
@@ -215,6 +239,16 @@ def status_reason(status: int, code: str | None, message: str | None, where: obj
     if code in ("content_filter", "content_policy_violation"):
         raise RefusedRequest(f"{REFUSALS['content_filter']}: HTTP {status}: {message}")
     raise RefusedRequest(f"HTTP {status}: {message}")
+
+
+def unbilled(error: BaseException) -> bool:
+    """Whether a call surely cost nothing: the endpoint says that it did not answer, or was not reached."""
+    from httpx2 import ConnectError, ConnectTimeout
+    from openai import APIStatusError
+
+    if isinstance(error, APIStatusError):
+        return error.status_code != 504  # a gateway's, which does not know what became of the request behind it
+    return isinstance(error.__cause__, ConnectError | ConnectTimeout)
 
 
 def read_completion(body: dict) -> dict:

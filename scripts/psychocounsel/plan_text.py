@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tabulate import SEPARATING_LINE, tabulate
 
+from psychocounsel.budget import read_ledger, total
 from psychocounsel.endpoints import is_remote
 from psychocounsel.estimates import ABOUT, AT_MOST, EXACT, Count, paper
 from psychocounsel.plan import Job, distinct, nearest, plan
@@ -114,6 +115,18 @@ def footnotes(jobs: list[Job]) -> Iterator[str]:
         yield f"Where rerun stages bring the same again, {left:,} requests{price} are left in all: the journals answer the others."
     if any(job.asks["cost"] for job in asking):
         yield "Money is by the list prices of the models' registry."
+    if budget := next((job.option("--budget") for job in asking if job.option("--budget")), None):
+        spent = total(read_ledger(Path(next(job.option("--ledger") for job in asking if job.option("--budget")))))
+        money = sums(jobs)["money"]
+        over = spent + money.value > float(budget)
+        end = (
+            "may pass it: the run stops before"
+            if over and money.meant == AT_MOST
+            else "passes it: the run stops before"
+            if over
+            else "stays below"
+        )
+        yield f"Budget: {dollars(float(budget))}, of which {dollars(spent)} are spent; this plan {end}."
     if unpriced := sorted({job.asks["model"] for job in asking if is_remote(job.asks["endpoint"]) and job.asks["cost"] is None}):
         yield f"No price in the registry, so not in the sum: {', '.join(unpriced)}."
     if any(job.gpu_meant == AT_MOST for job in jobs):

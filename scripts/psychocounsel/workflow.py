@@ -62,6 +62,13 @@ class Workflow:
         return self.config["files"]["endpoints"]
 
     @property
+    def money_options(self) -> str:
+        """Return what programs are told of money: no result depends on it."""
+        budget = [] if self.config["budget"] is None else [str(self.config["budget"])]
+        files = [option("--prices", self.config["files"]["models"]), option("--ledger", [self.work("spending.json")])]
+        return " ".join([*files, option("--budget", budget)]).strip()
+
+    @property
     def source_cache(self) -> str:
         """Return the folder of raw files that the user has, or an empty string."""
         return os.environ.get("PSYCHOCOUNSEL_SOURCES") or self.config["source_cache"] or ""

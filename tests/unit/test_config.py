@@ -137,3 +137,16 @@ def test_a_run_starts_at_speeches_or_at_pairs(tmp_path):
 def test_rights_are_those_to_a_source(tmp_path):
     with pytest.raises(UserError, match=r"release.rights\[0\]: no source 'psych8'. Did you mean 'psych8k'"):
         study_of(tmp_path, "release: {rights: [psych8]}")
+
+
+def test_a_budget_needs_the_price_of_every_model_that_costs_money(tmp_path):
+    endpoints = yaml.safe_load(Path("config/endpoints.yaml").read_text())
+    (tmp_path / "endpoints.yaml").write_text(yaml.safe_dump(endpoints | {"mine": endpoints["openai"]}))
+    entry = {**load_registry([Path("config/models.yaml")], "models")["gpt-4o-judge"], "endpoint": "mine"}
+    del entry["price"]
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump({"my-judge": entry}))
+    files = f"files: {{models: [config/models.yaml, {tmp_path}/models.yaml], endpoints: {tmp_path}/endpoints.yaml}}"
+    text = f"{files}\nratings: {{judge: my-judge}}\n"
+    study_of(tmp_path, text)
+    with pytest.raises(UserError, match=r"models\.yaml:1: models\.my-judge has no price, so the budget cannot be kept"):
+        study_of(tmp_path, text + "budget: 10\n")

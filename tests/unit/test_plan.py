@@ -106,6 +106,18 @@ def test_a_job_without_a_price_is_named():
     assert "No price in the registry, so not in the sum: m." in table([one])
 
 
+@pytest.mark.parametrize(
+    ("spent", "bound", "says"),
+    [(2, False, "this plan stays below"), (7.5, False, "this plan passes it: the run stops before"), (7.5, True, "may pass it")],
+)
+def test_a_plan_is_compared_with_the_budget(folder, spent, bound, says):
+    (folder / "spending.json").write_text(json.dumps({"a": {"spent": spent - 1, "batches": {"b": 1}}}))
+    one = job(asks=asking(3, EXACT, bound, 5.0), causes=[Cause("seed: 1 -> 2")], words={"budget": "10.0", "ledger": "spending.json"})
+    assert f"Budget: $10.00, of which ${spent:.2f} are spent" in table([one])
+    assert says in table([one])
+    assert "Budget" not in table([job(asks=asking(3, EXACT, bound, 5.0), causes=[Cause("seed: 1 -> 2")])])
+
+
 # GPU hours ----------------------------------------------------------------------------------------------------------------------------
 
 

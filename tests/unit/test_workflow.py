@@ -143,6 +143,7 @@ def test_a_change_reaches_exactly_the_settings_that_use_it(tmp_path):
     assert changed(lambda s: s.principles[2].update(definition="another")) == {"rate_responses", "judge_answers"}
     assert changed(lambda s: s.models["o1-mini"]["price"].update(input=99)) == set()
     assert changed(lambda s: s.endpoints["openai"].update(requests_per_minute=7)) == set()
+    assert changed(lambda s: s.config.update(budget=7)) == set()
     assert changed(lambda s: s.models["o1-mini"]["sampling"].update(max_tokens=9)) == {"generate_responses"}
     ours = Path("config/chat_templates/baichuan2.jinja").read_text()
     for template, programs in ((f"{{# A remark. #}}\n{ours}", set()), (f"{ours}!", {"generate_responses"})):
