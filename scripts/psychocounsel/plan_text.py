@@ -126,7 +126,7 @@ def footnotes(jobs: list[Job]) -> Iterator[str]:
             if over
             else "stays below"
         )
-        yield f"Budget: {dollars(float(budget))}, of which {dollars(spent)} are spent; this plan {end}."
+        yield f"Budget: {dollars(float(budget))}, of which ${spent:,.2f} are spent; this plan {end}."
     if unpriced := sorted({job.asks["model"] for job in asking if is_remote(job.asks["endpoint"]) and job.asks["cost"] is None}):
         yield f"No price in the registry, so not in the sum: {', '.join(unpriced)}."
     if any(job.gpu_meant == AT_MOST for job in jobs):

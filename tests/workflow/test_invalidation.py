@@ -233,6 +233,7 @@ MATRIX = [
     ("an endpoint's limits and address", text("work/micro_endpoints.yaml", "concurrency: 64", "concurrency: 8"), "", {}),
     ("what a site decides about Slurm", text("profiles/slurm/site.yaml", "partition: cpu", "partition: long"), "", {}),
     ("prices", text("tests/workflow/micro_models.yaml", "price: {input: 0", "price: {input: 7"), "", {}),
+    ("the budget", study(budget=1000), "", {}),
     ("GPUs that serve a model", text("tests/workflow/micro_models.yaml", "tensor_parallel: 1", "tensor_parallel: 2"), "", {}),
     (
         "resources and the profile",
