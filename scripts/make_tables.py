@@ -346,6 +346,8 @@ def pool_table(pool: Pool, settings: TableSettings) -> Table:
         )
 
     groups = [(group.title, [row(model) for model in group.models]) for group in settings.pool]
+    listed = {model for group in settings.pool for model in group.models}
+    groups.append(("Not in this run's pool", [row(model) for model in pool.models if model not in listed]))  # of published pairs
     columns = ["Model", "Responses", "Mean score", "Chosen", "Rejected", "Chosen per response", "Rejected per response"]
     notes = [
         "Mean score: over the seven principles, 1 to 5. Chosen and rejected: places in train, dev and test pairs.",

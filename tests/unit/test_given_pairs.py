@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fakes.published_data import PRINCIPLES, published_rows, write_rows
 
+from psychocounsel.config import load_study, read_config
 from psychocounsel.records import dump_records, read_records
 from psychocounsel.texts import normalise, speech_id
+from psychocounsel.workflow import Workflow
 from read_pairs import SIDES, GivenPair, drop_contradicting, drop_on_several_sides, first_sides
 from read_pairs import main as read_pairs
 from split_speeches import SplitSettings, split_sides
@@ -192,6 +195,20 @@ def test_columns_that_are_missing_are_said(read):
     assert "no column 'chosen'. Did you mean 'choosen'" in read(
         {"none": [{"prompt": "a", "choosen": "b", "rejected": "c"}]}, "chosen_rejected"
     )
+
+
+def test_the_published_study_asks_no_api_and_generates_nothing_for_the_data_set():
+    command = [sys.executable, "-m", "snakemake", "-n", "--quiet", "rules", "--configfile", "config/published.yaml", "--nolock"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, flags=re.MULTILINE))
+    assert {"read_pairs", "divide_pairs", "report_contamination", "train_reward_model", "train_policy", "write_release"} <= jobs.keys()
+    assert not {"select_speeches", "assign_models", "generate_responses", "rate_responses", "score_responses", "build_pairs"} & jobs.keys()
+    files = [Path("config/config.yaml"), Path("config/published.yaml")]
+    flow = Workflow(load_study(read_config(files), files))
+    evaluation, topics = flow.config["evaluation"], flow.config["topics"]
+    asked = {evaluation["judge"], evaluation["opponent"], topics["judge"], *flow.rankers}
+    assert not any(flow.remote_slots(model) for model in asked)
 
 
 def a_pair(row: int, speech: str, side: str | None, chosen: dict, rejected: dict) -> GivenPair:

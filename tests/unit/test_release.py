@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from tests.fakes.micro_model import build_micro_model
 from tests.fakes.published_data import PRINCIPLES, RATINGS, published_rows, write_rows
 
 from psychocounsel.records import content_hash, dump_records, file_sha256, read_records
@@ -157,6 +158,38 @@ print(len(data))
     done = subprocess.run([sys.executable, "-c", code, str(released)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) > 0
+
+
+TRAIN = """
+import sys
+from datasets import load_dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+folder, base, out = sys.argv[1:]
+data, tokenizer = load_dataset(folder, "trl"), AutoTokenizer.from_pretrained(base)
+common = dict(output_dir=out, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False, max_length=512,
+              gradient_checkpointing=False, dataloader_pin_memory=False, logging_steps=1, save_strategy="no")
+scorer = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+for trainer in (
+    RewardTrainer(scorer, args=RewardConfig(**common), train_dataset=data["train"], processing_class=tokenizer),
+    DPOTrainer(base, args=DPOConfig(**common), train_dataset=data["train"], processing_class=tokenizer),
+):
+    trainer.train()
+    print("trained", [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][0])
+"""
+
+
+@pytest.mark.slow
+def test_trls_trainers_train_on_the_release_as_it_is(released, tmp_path):
+    build_micro_model(tmp_path / "base")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(released.parent / "hf"), "OMP_NUM_THREADS": "1"}
+    words = [str(released), str(tmp_path / "base"), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", TRAIN, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("trained")]
+    assert losses[1] == pytest.approx(0.6931, abs=1e-3), "DPO begins at ln 2"
+    assert len(losses) == 2
 
 
 def test_responses_stand_once_with_their_scores(run, released):
