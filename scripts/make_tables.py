@@ -250,7 +250,7 @@ def dataset_table(
     def sized(value: int) -> Cell:
         return count(value) if speeches else no_speeches
 
-    not_looked_for = Missing("No personal data were looked for: they are kept, or the pairs were published as they stand.")
+    not_looked_for = Missing("This run keeps personal data.")
 
     def masked(kind: str) -> Cell:
         looked_for = all("masked" in speech for speech in speeches)

@@ -343,14 +343,8 @@ def dataset_card(
         models=[(name, terms.get(name), count) for name, count in sorted(facts["models"].items())],
         topic_counts=[(title, by_topic[name]) for name, title in topics.items()],
         unsafe_pairs=facts["unsafe"],
-        masked=masked_in(released),
+        masked=dict(sorted(sum((Counter(speech.get("masked")) for speech in released), Counter()).items())),
     )
-
-
-def masked_in(speeches: list[dict]) -> dict[str, int] | None:
-    """Return how much of each kind is masked in speeches; None where nothing was looked for."""
-    looked = [speech["masked"] for speech in speeches if "masked" in speech]
-    return dict(sorted(sum(map(Counter, looked), Counter()).items())) if looked else None
 
 
 def feature(name: str, kind) -> dict:

@@ -11,7 +11,6 @@ PERSONAL_DATA = {
     "mask": "e-mail addresses, telephone numbers of people and web addresses in the speeches are masked; names are not looked for",
     "keep": "the speeches stand as their sources have them",
     "drop": "speeches with e-mail addresses, telephone numbers of people or web addresses are left out; names are not looked for",
-    "published": "the speeches stand as they were published",
 }
 PROTOCOLS = {"one_by_one": "one call a principle", "together": "all principles in one call (not the paper's protocol)"}
 
@@ -225,7 +224,7 @@ class Presentation:
     @property
     def personal_data(self) -> str:
         """What was done about personal data in the speeches, in words."""
-        return PERSONAL_DATA["published" if self.flow.starts_at_pairs else self.config["speeches"]["personal_data"]]
+        return PERSONAL_DATA[self.config["speeches"]["personal_data"]]
 
     def case_policy(self) -> str | None:
         """The policy whose answers are shown as case studies: the last of the win-rate table, the paper's best."""
