@@ -4,32 +4,15 @@ A source's label counts where it is a topic's own name or one of the aliases, wh
 label is judged like one without. A speech on which the judge fails gets the topic "others"; the failure is recorded.
 """
 
-from collections import Counter
-
 from pydantic import Field
 
 from psychocounsel.asking import AskSettings, add_request_arguments, ask
 from psychocounsel.chat import ChatRequest, Lazy
-from psychocounsel.errors import UserError, nearest
-from psychocounsel.models import Part, chat_messages
+from psychocounsel.models import chat_messages
 from psychocounsel.parsing import parse_topic, topic_schema
 from psychocounsel.prompts import render
-from psychocounsel.stage import command_line, log, stage
-
-FALLBACK = "others"
-
-
-class FineTopic(Part):
-    """A fine topic."""
-
-    keywords: list[str]
-
-
-class CoarseTopic(Part):
-    """A coarse topic with its fine topics."""
-
-    title: str
-    fine: dict[str, FineTopic]
+from psychocounsel.stage import command_line, stage
+from psychocounsel.topics import FALLBACK, CoarseTopic, coarse_topics, labelled_topics, topic_row, unknown_labels
 
 
 class TopicSettings(AskSettings):
@@ -48,41 +31,25 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="topics, one a speech")
     add_request_arguments(parser)
     with stage(parser) as run:
-        coarse_of = {fine: coarse for coarse, entry in run.settings.taxonomy.items() for fine in entry.fine}
-        topic_of = topics_by_label(list(coarse_of), run.settings.aliases)
+        coarse_of = coarse_topics(run.settings.taxonomy)
         speeches = run.read(run.args.speeches, "unique_speech")
-        labelled = {s["speech_id"]: topic_of[folded(s["topic_label"])] for s in speeches if folded(s["topic_label"]) in topic_of}
+        labelled = labelled_topics(speeches, list(coarse_of), run.settings.aliases)
         unlabelled = [s for s in speeches if s["speech_id"] not in labelled]
 
         taxonomy = run.settings.model_dump()["taxonomy"]
         requests = Lazy(unlabelled, lambda speech: topic_request(speech, taxonomy, run.settings))
         answers, failures = ask(run, requests, lambda request, raw: parse_topic(raw, coarse_of), topic_schema(coarse_of))
 
-        rows = [row(speech_id, topic, coarse_of, "source") for speech_id, topic in labelled.items()]
+        rows = [topic_row(speech_id, topic, coarse_of, "source") for speech_id, topic in labelled.items()]
         for answer in answers:
             topic = parse_topic(answer.text, coarse_of)
-            rows.append(row(answer.id, topic, coarse_of, "judge", run.settings.model.name, answer.text, answer.request_key))
+            rows.append(topic_row(answer.id, topic, coarse_of, "judge", run.settings.model.name, answer.text, answer.request_key))
         for failure in failures:
-            rows.append(row(failure.id, FALLBACK, coarse_of, "judge", run.settings.model.name, None, failure.request_key))
-        unknown = Counter(s["topic_label"] for s in unlabelled if s["topic_label"])
-        for label, count in sorted(unknown.items()):
-            log.warning("label %r of %d speeches is no topic and has no alias: judged", label, count)
-        run.note(topics={"source": len(labelled), "judge": len(answers), "judge failed": len(failures), "unknown labels": dict(unknown)})
+            rows.append(topic_row(failure.id, FALLBACK, coarse_of, "judge", run.settings.model.name, None, failure.request_key))
+        counts = {"source": len(labelled), "judge": len(answers), "judge failed": len(failures)}
+        run.note(topics=counts | {"unknown labels": unknown_labels(unlabelled)})
         run.account("speeches", len(speeches), len(rows))
         run.write(run.args.out, rows, "topic", sort_by="speech_id")
-
-
-def topics_by_label(topics: list[str], aliases: dict[str, str]) -> dict[str, str]:
-    """Return folded label -> fine topic; raise UserError for an alias of no topic, and where the fallback is no topic."""
-    for label, topic in [*aliases.items(), ("a failed judge", FALLBACK)]:
-        if topic not in topics:
-            raise UserError(f"taxonomy: {label!r} stands for {topic!r}, which is no fine topic.{nearest(topic, topics)}")
-    return {folded(label): topic for label, topic in [*aliases.items(), *zip(topics, topics, strict=True)]}
-
-
-def folded(label: str | None) -> str | None:
-    """Return a label without its case and outer white space."""
-    return label.strip().casefold() if label else None
 
 
 def topic_request(speech: dict, taxonomy: dict, settings: TopicSettings) -> ChatRequest:
@@ -90,14 +57,6 @@ def topic_request(speech: dict, taxonomy: dict, settings: TopicSettings) -> Chat
     prompt = render(settings.prompt, client_speech=speech["text"], coarse=taxonomy)
     task = {"kind": "topic", "speech": speech["text"], "taxonomy": taxonomy}
     return ChatRequest(id=speech["speech_id"], messages=chat_messages(settings.model, prompt), task=task)
-
-
-def row(
-    speech_id: str, topic: str, coarse_of: dict, topic_from: str, judge: str | None = None, raw: str | None = None, key: str | None = None
-) -> dict:
-    """Return the topic record of a speech."""
-    facts = {"speech_id": speech_id, "topic": topic, "coarse_topic": coarse_of[topic], "topic_from": topic_from}
-    return {**facts, "judge": judge, "raw": raw, "request_key": key}
 
 
 if __name__ == "__main__":

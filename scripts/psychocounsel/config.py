@@ -256,6 +256,7 @@ def reference_errors(study: Study) -> Iterator[str]:
             yield f"{locate(path, files)}: {shown(path)} names {name!r} twice."
 
     chat = [name for name, model in study.models.items() if model.get("kind") == "chat"]
+    embedders = [name for name, model in study.models.items() if model.get("kind") == "embedder"]
     scorers = [name for name, model in study.models.items() if model.get("kind") == "reward_model"]
     of_kind = {kind: [n for n, s in study.sources.items() if s["kind"] == kind] for kind in ("speeches", "answers", "preferences")}
     topics = [*study.taxonomy["coarse"], *(topic for coarse in study.taxonomy["coarse"].values() for topic in coarse["fine"])]
@@ -284,7 +285,7 @@ def reference_errors(study: Study) -> Iterator[str]:
         )
     rights = [name for name in study.sources if name in (*starts, *of_kind["answers"])]
     yield from unknown_each(("release", "rights"), config["release"]["rights"], "source", rights)
-    yield from unknown(("topics", "judge"), config["topics"]["judge"], "chat model", chat)
+    yield from unknown(("topics", "judge"), config["topics"]["judge"], "chat model or embedder", [*chat, *embedders])
     yield from unknown_each(("responses", "pool"), config["responses"]["pool"], "chat model", chat)
     if len(config["responses"]["pool"]) < config["responses"]["models_per_speech"]:
         yield (

@@ -43,7 +43,7 @@ def pin_sources(sources: dict[str, dict], pins: dict[str, dict]) -> None:
 def is_unpinned_model(entry: dict, endpoints: dict[str, dict]) -> bool:
     """Whether a model is loaded from the Hub by a name that may mean something else tomorrow; an API's id carries its snapshot."""
     ours = "weights" in entry or "path" in entry
-    loaded = entry["kind"] == "reward_model" or endpoints[entry["endpoint"]]["kind"] == "serve"
+    loaded = entry["kind"] != "chat" or endpoints[entry["endpoint"]]["kind"] == "serve"
     return loaded and not ours and entry.get("revision") is None
 
 

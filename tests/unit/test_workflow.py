@@ -39,7 +39,7 @@ def calls(flow: Workflow) -> list[tuple[str, str]]:
     """Return (program, settings JSON) of every job kind of a study, for every value of its wildcards."""
     w, slices, pages = Wildcards, Slices(flow), Presentation(flow)
     made = ("select_speeches", "assign_models", "rate_responses", "parse_ratings", "assess_judge", "score_responses", "build_pairs")
-    common = ("label_topics", "split_speeches", "report_contamination", "parse_judgements")
+    common = ("embed_topics" if flow.topics_by_embedding else "label_topics", "split_speeches", "report_contamination", "parse_judgements")
     once = (*(("read_pairs", "divide_pairs") if flow.starts_at_pairs else made), *common)
     found = [(name, getattr(slices, name)(w())) for name in once]
     if not flow.starts_at_pairs:
