@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from psychocounsel.batch import Calls, ask_in_batches, batches_of, refuse_under_way
@@ -260,10 +261,16 @@ def ask_all(
         return
     refuse_under_way(left, kept.path)
     ask = partial(ask_until_usable, attempts=attempts, with_seed=endpoint.server != "transformers")
+    asked, total = count(1), sum(key not in kept for key in kept.answers)
+
+    def keep(outcome: dict) -> None:
+        kept.add(outcome)
+        if (number := next(asked)) % max(1, total // 20) == 0:
+            log.info("%s: %d of %d asked", spec.name, number, total)
 
     def send(base_url: str) -> None:
         with money(kept.path) as purse:
-            asyncio.run(send_all(endpoint, base_url, api_key, common, left(), ask, kept.add, purse))
+            asyncio.run(send_all(endpoint, base_url, api_key, common, left(), ask, keep, purse))
 
     if endpoint.kind == "serve":
         while_served(spec, endpoint, folder, gpus, kept.path.with_name(kept.path.name + ".server.log"), send)

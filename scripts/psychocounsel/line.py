@@ -172,7 +172,7 @@ class Line:
             except (APIError, ValueError, TimeoutError) as error:  # ValueError: no JSON, or no completion
                 reason = self.reason(error)
                 if retry < self.endpoint.max_retries:
-                    await self.wait(pause(error, retry))
+                    await self.wait(pause(error, retry), reason)
                 elif self.endpoint.kind == "serve" and reason == NO_CONNECTION:
                     raise ConnectionError from None  # a server of our own, on this host: it will not come back
         raise PassingFault(reason)
@@ -204,8 +204,10 @@ class Line:
             reply = await self.client.post("/chat/completions", cast_to=Response, body=body)
         return read_completion(orjson.loads(reply.content))
 
-    async def wait(self, seconds: float) -> None:
-        """Sleep, but not past the line's end."""
+    async def wait(self, seconds: float, reason: str) -> None:
+        """Sleep, but not past the line's end; say so where the endpoint asks for more than the longest pause of our own."""
+        if seconds > 1.25 * LONGEST_PAUSE_S:
+            log.info("%s: %s; as the endpoint asks, a request waits for %.0f s", self.common["model"], reason.split(":")[0], seconds)
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopped.wait(), seconds)
 

@@ -254,8 +254,9 @@ def test_a_fatal_fault_sends_nothing_more_and_keeps_what_is_under_way(tmp_path, 
     assert "run again, and only the rest is asked" in str(caught.value)
 
 
-def test_a_fatal_fault_ends_pauses_too(tmp_path):
-    """A worker that was told to come back in an hour does not hold up the end."""
+def test_a_fatal_fault_ends_pauses_too(tmp_path, caplog):
+    """A worker that was told to come back in an hour says so, and does not hold up the end."""
+    caplog.set_level(logging.INFO, "psychocounsel")
 
     def script(body, nth):
         if body["messages"][-1]["content"] == "rate 0":
@@ -265,6 +266,7 @@ def test_a_fatal_fault_ends_pauses_too(tmp_path):
     with FakeServer(script) as server, pytest.raises(UserError, match="refuses the key"):
         rate(tmp_path, server, count=2)
     assert len(server.requests) == 2
+    assert "judge-1: HTTP 429; as the endpoint asks, a request waits for 3600 s" in caplog.text
 
 
 def test_what_unusable_texts_cost_is_kept_when_a_fatal_fault_follows(tmp_path):
