@@ -1,9 +1,9 @@
 """Start a run at preference pairs: take published pairs apart into speeches, responses and scores, as if this run had made them.
 
 So whoever has no budget for an API trains and evaluates at once. Each response stands in the outputs once, however many pairs it is
-in. Models get the names of our pool where it has them. Sides that the files give stay: where a speech stands on several, the pairs
-on test are kept, then those on dev; so are, with drop_near_test, those of near duplicates. Rows that are left out go to the side file
---dropped. Example:
+in. Models get the names of our pool where it has them. Sides that the files give stay: where a speech (with drop_near_test: it
+or a near duplicate of it) stands on several, the pairs on test are kept, else those on dev. Rows that are left out go to the side
+file --dropped. Example:
 
     python scripts/read_pairs.py --raw train.parquet test.parquet --speeches unique.jsonl --responses responses.jsonl \\
         --scores scores.jsonl --pairs pairs.jsonl --dropped dropped.jsonl --settings '{"seed": 1, "sources": [
