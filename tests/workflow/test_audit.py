@@ -37,6 +37,7 @@ TABLES = [
     "pairs",
     "judge_consistency",
     "judge_positions",
+    "contamination",
     "reward_models",
     "reward_ablation",
     "win_rates",
