@@ -35,7 +35,7 @@ SIDES = {"Train": ("train",), "Dev": ("dev",), "Test": ("test",), "All": ("train
 
 def contamination_table(report: dict | None, title: Callable[[str], str]) -> Table:
     """Near duplicates of what is tested on in each set of data that is trained on."""
-    columns = ["Data", "Side", "Prompts", "Similar", "Repeated", "Prompts tested on", "Similar (%)", "Answers", "Equal answers"]
+    columns = ["Data", "Side", "Prompts", "Similar", "Repeated", "Prompts tested on", "Tested on, similar (%)", "Answers", "Equal answers"]
     groups: dict[str, list[Row]] = {}
     for found in report["comparisons"] if report else []:
         share = 100 * found["tested_similar"] / found["tested_prompts"] if found["tested_prompts"] else None
@@ -50,8 +50,8 @@ def contamination_table(report: dict | None, title: Callable[[str], str]) -> Tab
         near = report["near_duplicates"]
         notes = [
             f"Similar: Jaccard similarity of runs of {near['shingle_chars']} characters with a prompt tested on above"
-            f" {near['cluster_above']}; repeated: above {near['drop_above']}. At the lower threshold {near['recall']:.0%} are found.",
-            "Similar (%): of the prompts tested on, those with a similar one in this data. Equal answers: also answers of pairs tested on.",
+            f" {near['cluster_above']}; repeated: above {near['drop_above']}. At least {near['recall']:.0%} are found at the lower.",
+            "Tested on, similar (%): share of the prompts tested on with a similar one in this data. Equal answers: also of pairs tested.",
         ]
     return Table("contamination", "Near duplicates of what is tested on in what is trained on", columns, list(groups.items()), notes)
 

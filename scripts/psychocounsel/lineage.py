@@ -98,7 +98,7 @@ CONTAMINATION = {  # columns of the table of contamination -> formula
     "Similar": "number of prompts in the data similar to one tested on",
     "Repeated": "number of prompts in the data that repeat one tested on",
     "Prompts tested on": "number of different prompts tested on",
-    "Similar (%)": "100 x share of the prompts tested on that have a similar one in the data",
+    "Tested on, similar (%)": "100 x share of the prompts tested on that have a similar one in the data",
     "Answers": "number of different answers in the data's pairs",
     "Equal answers": "number of these that are answers in pairs tested on too",
 }
