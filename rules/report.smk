@@ -134,6 +134,8 @@ rule write_report:
         template="report/report.html.jinja",
     output:
         report=flow.results("report.html"),
+        csv=report(flow.results("10_tables/costs.csv"), caption="../report/table_costs.rst", category="Tables", labels={"table": "costs"}),
+        costs=expand(flow.results("10_tables/costs.{ending}"), ending=["md", "tex", "html"]),
     log:
         flow.logs("write_report.log"),
     conda:
@@ -143,11 +145,12 @@ rule write_report:
         code=code("write_report"),
         options=pages.case_options(),
         run_dir=output_folder,
+        tables=flow.results("10_tables"),
     message:
         "Write the report"
     shell:
         "python scripts/write_report.py --tables {input.tables} --figures {input.figures} {params.options}"
-        " --run-dir {params.run_dir} --settings {params.settings:q} --out {output.report} 2> {log}"
+        " --run-dir {params.run_dir} --settings {params.settings:q} --out-dir {params.tables} --out {output.report} 2> {log}"
 
 
 rule summarise_run:

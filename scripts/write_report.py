@@ -1,6 +1,7 @@
 """Write one self-contained HTML report of a run: tables, figures, case studies, how it was made, how to read it.
 
-Rows in, out and dropped, times, tokens and commits come from the provenance records below --run-dir. A case study shows a
+Rows in, out and dropped, times, tokens, dollars and commits come from the provenance records below --run-dir; the table of
+costs, which is written beside, is made of them alone. A case study shows a
 speech with both answers and the judge's reasons. It is chosen by rule, not by hand: of the speeches that the policy won in
 both orders, quotable by their source's licence, not on a crisis topic and without a word of crisis, the one of median
 length; and by the same rule one that it lost.
@@ -14,8 +15,10 @@ from pathlib import Path
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
+from psychocounsel.costs import cost_table
 from psychocounsel.errors import UserError
 from psychocounsel.stage import Settings, Stage, command_line, log, stage
+from psychocounsel.tables import FORMATS
 from psychocounsel.templates import REPORT, load_template, template_paths
 from psychocounsel.winrates import verdicts_by_speech
 
@@ -27,6 +30,7 @@ SECTIONS = [  # heading, tables, figures; what a run does not have is left out
     ),
     ("Reward models", ["reward_models", "reward_ablation"], ["training_reward_models"]),
     ("Policies", ["win_rates", "lengths"], ["win_rates", "win_rate_topics", "training_policies", "checkpoints"]),
+    ("What it cost", ["costs"], []),
 ]
 # A second guard, since topics are labels that a judge may get wrong: such a speech is never quoted, whatever its topic.
 CRISIS_WORDS = re.compile(
@@ -59,6 +63,7 @@ class ReportSettings(Settings):
     case: Case | None = Field(
         None, description="{policy, opponent, setting, quotable, crisis_topics}: case studies (titles, names); null for none"
     )
+    titles: dict[str, str] = Field({}, description="name of a model or policy -> its title, for the table of costs")
     note: str | None = Field(None, description="a sentence at the head, e.g. what a demonstration's numbers do not mean")
 
 
@@ -72,6 +77,7 @@ def main() -> None:
     parser.add_argument("--judgements", help="for case studies: the policy's judgements in one setting")
     parser.add_argument("--answers", help="for case studies: the policy's answers")
     parser.add_argument("--opponent-answers", help="for case studies: the opponent's answers")
+    parser.add_argument("--out-dir", help="folder for the table of costs: costs.csv, .md, .tex and .html")
     parser.add_argument("--out", required=True, help="report, as HTML")
     with stage(parser) as run:
         args, settings = run.args, run.settings
@@ -80,9 +86,14 @@ def main() -> None:
             run.uses(file)
         tables = {Path(file).stem: run.uses(file).read_text(encoding="utf-8") for file in args.tables}
         figures = {Path(file).stem: base64.b64encode(run.uses(file).read_bytes()).decode() for file in args.figures}
-        check_known(tables, figures)
         # Provenance records are read but are no inputs: they hold times and hosts, and the tables' own records chain them.
-        records = read_provenance(Path(args.run_dir), besides=Path(args.out))
+        records = read_provenance(Path(args.run_dir), besides=run.program)
+        costs = cost_table(records, settings.titles)
+        if args.out_dir:
+            for ending, render in FORMATS.items():
+                run.write_text(Path(args.out_dir) / f"costs.{ending}", render(costs))
+        tables |= {costs.name: FORMATS["html"](costs)} if costs.groups else {}
+        check_known(tables, figures)
         html = load_template("report.html").render(
             settings=settings,
             sections=sections(tables, figures),
@@ -125,13 +136,16 @@ def caption(name: str) -> str:
 # How the run was made
 
 
-def read_provenance(folder: Path, besides: Path) -> list[dict]:
-    """Read the provenance records below a folder whose outputs still exist, one for each job (a job may have several outputs)."""
+def read_provenance(folder: Path, besides: str) -> list[dict]:
+    """Read the provenance records below a folder whose outputs still exist, one for each job (a job may have several outputs).
+
+    Those of one program, the reader itself, are left out: they tell of an earlier report.
+    """
     jobs: dict[tuple, dict] = {}
     for path in sorted(folder.rglob("*.prov.json")):
         output = path.with_name(path.name.removesuffix(".prov.json"))
-        if output.exists() and output.resolve() != besides.resolve():
-            record = orjson.loads(path.read_bytes())
+        record = orjson.loads(path.read_bytes())
+        if output.exists() and record["identity"]["program"] != besides:
             jobs.setdefault((record["identity_sha256"], record["run"]["started"]), record)
     if not jobs:
         raise UserError(f"{folder}: no provenance records (*.prov.json) below it; is it the results folder of a run?")

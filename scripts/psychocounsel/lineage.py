@@ -208,6 +208,8 @@ class Cell:
             tables = sorted(path.stem for path in Path(flow.results("10_tables")).glob("*.csv"))
             hint = nearest_or_all(table, tables) if tables else " Has the run been made?"
             raise UserError(f"{self.path}: no such table.{hint}") from None
+        if self.table == "costs":
+            raise UserError(f"{self.path}: its figures are sums of `run.facts.api` in the provenance records (*.prov.json) of the jobs")
         self.header = self.grid[0]
         if column not in self.header[1:-1]:
             raise UserError(f"--column {column!r}: {self.path} has no such column.{nearest_or_all(column, self.header[1:-1])}")

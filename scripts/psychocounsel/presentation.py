@@ -243,6 +243,12 @@ class Presentation:
         flags = ("--speeches", "--judgements", "--answers", "--opponent-answers")
         return " ".join(f"{flag} {file}" for flag, file in zip(flags, self.case_files(), strict=False))
 
+    def asked_models(self) -> list[str]:
+        """Return all that may be asked: models and policies."""
+        config = self.config
+        judges = [config["topics"]["judge"], config["ratings"]["judge"], config["evaluation"]["judge"], config["evaluation"]["opponent"]]
+        return [*self.flow.pool, *judges, *self.flow.rankers, *self.study.policies]
+
     @settings
     def write_report(self, wildcards) -> dict:
         """The choices worth knowing, and what may be quoted."""
@@ -285,6 +291,7 @@ class Presentation:
             summary=summary,
             case=case,
             note=config["note"],
+            titles=self.titles(self.asked_models()),
         )
 
     @settings

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from psychocounsel.costs import cost_table
 from psychocounsel.errors import UserError
 from psychocounsel.templates import REPORT, duration, interval
 from write_report import Case, environment, median_speech, quotable, read_provenance, stage_rows
@@ -270,19 +272,19 @@ def test_stages_sum_jobs_and_count_a_job_with_two_outputs_once(tmp_path):
     provenance(tmp_path, "a", "first", "2025-01-01")
     provenance(tmp_path, "lost", "third", "2025-01-04")
     (tmp_path / "lost").unlink()
-    rows = stage_rows(read_provenance(tmp_path, besides=tmp_path / "report.html"))
+    rows = stage_rows(read_provenance(tmp_path, besides="write_report"))
     assert [(row["program"], row["jobs"], row["seconds"]) for row in rows] == [("first", 1, 2.0), ("second", 2, 4.0)]
     assert rows[1]["units"]["rows"] == {"in": 10, "out": 6}
     assert rows[1]["dropped"]["rows"] == {"short": 4}
     assert (rows[1]["api"]["requests"], rows[1]["api"]["prompt_tokens"]) == (5, 11)
-    facts = dict(environment(read_provenance(tmp_path, besides=tmp_path / "report.html")))
+    facts = dict(environment(read_provenance(tmp_path, besides="write_report")))
     assert facts["Git commit"] == "cccccccccccc with uncommitted changes"
     assert facts["Seed"] == "7"
 
 
 def test_a_folder_without_records_is_refused(tmp_path):
     with pytest.raises(UserError, match="no provenance records"):
-        read_provenance(tmp_path, besides=tmp_path / "report.html")
+        read_provenance(tmp_path, besides="write_report")
 
 
 def card_settings() -> dict:
@@ -319,3 +321,47 @@ def test_times_and_intervals_are_shown_as_people_say_them():
     assert [duration(s) for s in (0.4, 99, 120, 7200)] == ["0 s", "99 s", "2 min", "2.0 h"]
     assert interval({"value": 0.5, "low": 0.25, "high": 0.75}) == "0.500 [0.250, 0.750]"
     assert interval({"win_rate": None, "low": None, "high": None}) == "n/a"
+
+
+def test_costs_are_summed_by_stage_and_model(tmp_path):
+    """Against a sum by hand: jobs of one stage and model in one row, checkpoints under their policy, what has no price named."""
+
+    def job(rule: str, model: str, cost: float | None, batch: int = 0) -> dict:
+        tokens = {"prompt_tokens": 100, "completion_tokens": 50, "cached_tokens": 10}
+        parts = {"batch": {kind: batch * count for kind, count in tokens.items()}} if batch else {}
+        api = {"requests": 4, "from_journal": 1, "failed": 1, "cost": cost, **tokens, **parts}
+        return {"job": {"rule": rule}, "identity": {"program": "x"}, "run": {"model": {"name": model}, "facts": {"api": api}}}
+
+    silent = {"job": {"rule": "build_pairs"}, "identity": {"program": "build_pairs"}, "run": {"model": None, "facts": {}}}
+    records = [job("rate_responses", "judge", 0.5, batch=1), job("generate_responses", "a", None), job("generate_responses", "b", 0.25)]
+    records += [job("judge_checkpoint", f"p.checkpoint-{n}", 1.0) for n in (1, 2)]
+    table = cost_table([*records, silent], {"judge": "The judge"})
+    rows = {(group, row.cells[0]): row.cells[1:] for group, row in table.rows()}
+    assert [group for group, _ in rows] == ["Responses of the pool"] * 2 + ["Ratings", "Judgements of checkpoints", "All stages"]
+    assert list(map(str, rows["Ratings", "The judge"])) == ["1", "4", "1", "100", "10", "50", "100", "0.50"]
+    assert list(map(str, rows["Judgements of checkpoints", "p"])) == ["2", "8", "2", "200", "20", "100", "0", "2.00"]
+    assert "No list price" in rows["Responses of the pool", "a"][-1].reason
+    assert list(map(str, rows["All stages", "Together"])) == ["5", "20", "5", "500", "50", "250", "20", "2.75"]
+    assert "only what has a list price" in table.footnotes()[-1]
+    assert cost_table([silent], {}).groups == []
+
+
+def test_a_report_writes_the_table_of_costs_and_shows_it(run, tmp_path):
+    """Of an earlier report, which knew less, nothing is taken over."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    api = {"requests": 7, "from_journal": 0, "failed": 0, "cost": 1.25, "prompt_tokens": 10, "completion_tokens": 5, "cached_tokens": 0}
+    provenance(folder, "ratings", "rate_responses", "2025-01-01", api=api)
+    record = json.loads((folder / "ratings.prov.json").read_text())
+    record |= {"job": {"rule": "rate_responses"}}
+    record["run"]["model"] = {"name": "judge"}
+    (folder / "ratings.prov.json").write_text(json.dumps(record))
+    for _ in range(2):
+        succeed("write_report", *report_inputs(folder), "--out-dir", folder, "--out", folder / "report.html", **report_settings())
+        assert {path.name for path in folder.glob("costs.*") if path.suffix != ".json"} == {
+            f"costs.{end}" for end in ("csv", "md", "tex", "html")
+        }
+        assert "Ratings,judge,1,7,0,10,0,5,0,1.2500," in (folder / "costs.csv").read_text()
+        html = (folder / "report.html").read_text()
+        assert html.count('id="table-costs"') == 1
+        assert "What it cost" in html
