@@ -37,7 +37,7 @@ exit status:
 SEAL = """
 Verifies the whole run and prints one hash over all of it: the run's root. Put it into a paper, a git tag or a registrar's hands;
 `verify --root HASH` then catches even one who rewrites a file and every record. An identical rerun has the same root: times,
-hosts and costs do not count, and report.html, which shows them, counts by what it was made from and not by its bytes.
+hosts and costs do not count, and report.html and the table of costs, which show them, count by what they were made from.
 A damaged run has no root: exit status 1, and nothing on standard output; what is wrong, or outdated, goes to standard error.
 """
 

@@ -96,7 +96,7 @@ def test_models_are_whole_and_differ(project, finished):
 
 def test_tables_have_no_empty_cell(project, finished):
     tables = sorted(project.path("10_tables").glob("*.csv"))
-    assert len(tables) == 12
+    assert len(tables) == 13
     for table in tables:
         for row in csv.DictReader(table.open()):
             assert all(cell.strip() and cell.strip().lower() != "nan" for name, cell in row.items() if name != "notes"), (table.name, row)
