@@ -342,8 +342,13 @@ class Engine:
 
     def upload(self, path: Path):
         """Upload a file of requests."""
+        from openai import NotFoundError
+
         with open(path, "rb") as file:
-            return self.client.files.create(file=("requests.jsonl", file), purpose="batch")
+            try:
+                return self.client.files.create(file=("requests.jsonl", file), purpose="batch")
+            except NotFoundError:
+                raise UserError(f"{self.where} has no Batch API: give the endpoint the kind openai (endpoints.yaml)") from None
 
     def create(self, batch: Batch):
         """Create a batch; where the answer was lost on the way, see first whether it was created before."""

@@ -328,6 +328,11 @@ def test_a_passing_fault_of_any_call_is_sent_again_and_nothing_is_paid_twice(tmp
     assert paid_once(server, 7)
 
 
+def test_an_endpoint_without_a_batch_api_is_named(tmp_path):
+    with FakeBatches(fault=lambda method, path, nth: error(404)) as server, pytest.raises(UserError, match="has no Batch API.*kind openai"):
+        ask(tmp_path, server.url, requests(1))
+
+
 def test_a_second_batch_of_our_name_is_cancelled(tmp_path):
     """An answer that comes after the retry was sent: two batches, of which the first counts."""
     with FakeBatches() as server:
