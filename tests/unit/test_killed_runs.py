@@ -58,7 +58,8 @@ class Job:
         settings = {"model": MODEL, "seed": 1}
         words = ["--speeches", inputs / "speeches.jsonl"]
         if program == "rate_responses":
-            settings |= {"prompt": (ROOT / "config" / "prompts" / "rate.jinja").read_text(encoding="utf-8"), "principles": PRINCIPLES}
+            prompt = (ROOT / "config" / "prompts" / "rate.jinja").read_text(encoding="utf-8")
+            settings |= {"prompt": prompt, "principles": PRINCIPLES, "protocol": "one_by_one"}
             words += ["--responses", inputs / "a.jsonl", inputs / "b.jsonl"]
         else:
             settings |= {"prompt": "Answer. {{ client_speech }}"}
