@@ -225,15 +225,11 @@ def plot_pool(pool: Pool, side: str, settings: FigureSettings) -> "Figure":
     bars = counts.barh(names, [pool.count([model], what) for model in models], color=colours)
     counts.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7)
     counts.set(title=f"{side.capitalize()} responses", xlabel="pairs")
-    for k, size in enumerate(settings.pool):
-        held = [(place, pool.rate([model], what)) for place, model in enumerate(models) if size_of.get(model) == k]
-        intervals(
-            rates,
-            [(place, rate) for place, rate in held if rate["value"] is not None],
-            COLOURS[k % len(COLOURS)],
-            MARKERS[k % len(MARKERS)],
-            size.title,
-        )
+    strangers = ["not in the pool"] if any(model not in size_of for model in models) else []  # of published pairs
+    for k, title in [*enumerate(size.title for size in settings.pool), *((-1, title) for title in strangers)]:
+        held = [(place, pool.rate([model], what)) for place, model in enumerate(models) if size_of.get(model, -1) == k]
+        known = [(place, rate) for place, rate in held if rate["value"] is not None]
+        intervals(rates, known, COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)], title)
     rates.set(title="Per pair it stood in" if settings.starts_at_pairs else "Per candidate pair", xlabel=f"{side} (%)")
     counts.xaxis.set_major_formatter(THOUSANDS)
     counts.margins(x=0.16, y=0.02)

@@ -38,9 +38,11 @@ def main() -> None:
         win_rates = [orjson.loads(run.uses(file).read_bytes()) for file in run.args.win_rates]
         lines = [settings.title, "=" * len(settings.title), ""]
         lines += [f"{name:<9} {counts.total():>6,}   {sides(counts)}" for name, counts in (("speeches", splits), ("pairs", pairs))]
-        lines += ["", "accuracy on the test pairs", *map(aligned, (accuracy_row(m, settings.titles) for m in metrics))]
-        lines += ["", f"win rate against {settings.opponent}, judged by {settings.judge}"]
-        lines += map(aligned, (row for rates in win_rates for row in win_rate_rows(rates, settings.titles)))
+        if metrics:
+            lines += ["", "accuracy on the test pairs", *map(aligned, (accuracy_row(m, settings.titles) for m in metrics))]
+        if win_rates:
+            lines += ["", f"win rate against {settings.opponent}, judged by {settings.judge}"]
+            lines += map(aligned, (row for rates in win_rates for row in win_rate_rows(rates, settings.titles)))
         lines += ["", *(f"{what:<9} {where}" for what, where in settings.places.items())]
         run.write_text(run.args.out, "\n".join(lines + (["", settings.note] if settings.note else [])) + "\n")
 
