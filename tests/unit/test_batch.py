@@ -21,7 +21,7 @@ from psychocounsel import batch, line
 from psychocounsel.chat import ChatRequest, complete
 from psychocounsel.errors import UserError
 from psychocounsel.models import ModelSpec
-from psychocounsel.pricing import cost
+from psychocounsel.pricing import cost, expected_cost
 
 KEY = "sk-very-secret"
 
@@ -428,6 +428,26 @@ def test_what_is_on_its_way_is_not_asked_one_by_one(tmp_path):
         ask(tmp_path, server.url, requests(3))
         ask(tmp_path, direct.url, requests(5), kind="openai")
         assert len(direct.requests) == 2
+
+
+def test_a_plan_leaves_out_what_is_on_its_way_and_touches_nothing(tmp_path, capsys):
+    with FakeBatches(fate=lambda number: Fate(polls=10**6)) as server:
+        with pytest.raises(UserError, match="on the way"):
+            ask(tmp_path, server.url, requests(3), limits={"wait": False})
+        memory = tmp_path / "journal.jsonl.batches"
+        memory.write_bytes(memory.read_bytes() + b"torn by another job that is writing")
+        before, calls = memory.read_bytes(), server.calls.copy()
+        with pytest.raises(SystemExit):
+            ask(tmp_path, server.url, requests(5), plan=True)
+        assert (memory.read_bytes(), server.calls) == (before, calls)
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["requests"], plan["left"], plan["under_way"]) == (5, 2, 3)
+
+
+def test_batches_to_come_are_planned_at_their_price():
+    price = {"input": 3.0, "cached_input": None, "output": 12.0, "batch": 0.5}
+    tokens = {"prompt_tokens": 10**6, "completion_tokens": 10**6, "cached_tokens": 0}
+    assert [expected_cost(price, tokens, kind) for kind in ("openai", "batch")] == [15, 7.5]
 
 
 def test_what_is_asked_no_more_is_collected_when_it_is_asked_again(tmp_path):
