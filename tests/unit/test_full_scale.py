@@ -72,3 +72,10 @@ def test_what_takes_too_much_is_named():
     asking |= {"longest": 1000.0, "asked": 5}
     assert "slow (121 s, 100 MB), large (10 s, 4001 MB)" in verdict([slow, large, asking])
     assert "asking" not in verdict([slow, large, asking]).partition(":")[2]
+
+
+def test_make_bench_runs_every_benchmark():
+    programs = {path.as_posix() for path in Path("benchmarks").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+    bench = Path("Makefile").read_text(encoding="utf-8").partition("\nbench:")[2].partition("\n\n")[0]
+    assert programs == {word for word in bench.split() if word.startswith("benchmarks/")}
+    assert all(Path(program).name in Path("README.md").read_text(encoding="utf-8") for program in programs)
