@@ -67,10 +67,10 @@ def position_effects(ratings: Ratings, principles: list[str], resamples: int, se
     table[index[kept], ratings.place[kept] - 1] = ratings.scores[kept]
     table = table[counts == places]
     table = np.concatenate([table.mean(2, keepdims=True), table], 2)  # [speeches, places, all and each principle]
-    complete = ~np.isnan(table).any(1)
-    means = table.mean(1)
-    sums = np.stack([np.where(complete[:, None], table - means[:, None], 0).transpose(0, 2, 1)], -1)[..., 0]  # [speeches, scores, places]
-    held = np.concatenate([sums, complete[..., None], np.where(complete, means, 0)[..., None]], -1)
+    complete = ~np.isnan(table).any(1)  # [speeches, scores]
+    means = np.where(complete, table.mean(1), 0)
+    effects = np.where(complete[:, None], table - means[:, None], 0).transpose(0, 2, 1)  # [speeches, scores, places]
+    held = np.concatenate([effects, complete[..., None], means[..., None]], -1)
     total, draws = held.sum(0), resampled_sums(held, resamples, seed) if len(held) else np.zeros((0, *held.shape[1:]))
     found = {}
     for k, name in enumerate([ALL, *principles]):
