@@ -227,7 +227,7 @@ def model_groups_table(pool: Pool, classes: list[SizeClass], languages: dict[str
     ]
     columns = ["Models", "Number", "Responses", "Mean score", "Chosen", "Rejected", "Chosen (%)", "Rejected (%)"]
     notes = [
-        "Chosen (%) and rejected (%): of the candidate pairs in which a response of these models stood; the rest were left out.",
+        "Chosen (%) and rejected (%): of the candidate pairs in which a response of these models stood.",
         candidates_note(given),
         "In brackets: 95 % bootstrap intervals over speeches. They say how well this pool's rates are known, not what other models of the"
         " same size or language would do.",
