@@ -201,7 +201,7 @@ class Line:
             raise self.fault
         async with asyncio.timeout(self.endpoint.timeout_s):  # the client's own begins anew with each piece of an answer
             # `chat.completions.create` would spend more time on checking types, of both sides, than all the rest takes.
-            reply = await self.client.post("/chat/completions", cast_to=Response, body=body)
+            reply = await self.client.post("/chat/completions", cast_to=Response, content=orjson.dumps(body))
         return read_completion(orjson.loads(reply.content))
 
     async def wait(self, seconds: float, reason: str) -> None:
