@@ -102,7 +102,7 @@ def test_a_batch_sends_what_a_direct_request_sends(tmp_path):
     assert bodies["batch"] == bodies["openai"], "batch or direct, the request is the same"
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(count=st.integers(1, 12), most=st.integers(1, 6), size=st.integers(1, 3000))
 def test_files_keep_to_both_limits_and_hold_every_request_once(tmp_path_factory, count, most, size):
     folder = tmp_path_factory.mktemp("run")

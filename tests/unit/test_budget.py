@@ -81,7 +81,7 @@ def spent(folder: Path) -> float:
 # The ledger ---------------------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     budget=st.floats(0.5, 20),
     steps=st.lists(
@@ -154,7 +154,7 @@ def test_a_run_stops_before_its_budget_is_passed_and_goes_on_with_a_greater_one(
 
 
 @pytest.mark.parametrize("kind", ["openai", "batch"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(budget=st.floats(0.001, 0.6), count=st.integers(1, 30), words=st.integers(0, LONGEST), bad=st.integers(1, 5))
 def test_no_budget_is_passed_whatever_answers_cost(tmp_path_factory, kind, budget, count, words, bad):
     """Answers of any length, some of them unusable."""

@@ -52,7 +52,7 @@ def reverse(scores: np.ndarray) -> np.ndarray:
 TWICE = st.tuples(st.integers(1, 6), st.integers(2, 4), st.integers(0, 2**32 - 1), st.booleans())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(TWICE)
 def test_agreement_is_that_of_plain_counts_and_of_scikit_learn(drawn):
     speeches, responses, seed, holes = drawn

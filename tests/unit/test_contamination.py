@@ -149,7 +149,7 @@ def test_a_test_speech_among_our_own_training_speeches_stops_the_run(run, capsys
     assert [c["similar"] for c in report["comparisons"]] == [1, 0]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 10**6))
 def test_speeches_that_we_select_and_divide_are_always_clean(seed):
     """Selection, split and report agree on what a near duplicate is: the same sketches propose the same pairs."""

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
@@ -79,7 +79,6 @@ def test_a_tie_is_an_error_or_half(margins):
     assert metrics.accuracy(margins, ones, tie=0.5) == pytest.approx(np.mean((margins > 0) + 0.5 * (margins == 0)))
 
 
-@settings(deadline=None)
 @given(MARGINS)
 def test_temperature_minimises_the_likelihood(margins):
     temperature = metrics.fitted_temperature(margins)

@@ -6,7 +6,7 @@ import time
 import jsonschema
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from psychocounsel.parsing import (
@@ -112,7 +112,6 @@ TOGETHER = st.integers(1, 4).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(ratings=TOGETHER, order=st.randoms(use_true_random=False))
 def test_ratings_on_all_principles_round_trip(ratings, order):
     n, items = len(ratings["empathy"]), [(principle, as_object(found)) for principle, found in ratings.items()]
@@ -121,7 +120,6 @@ def test_ratings_on_all_principles_round_trip(ratings, order):
     jsonschema.validate(dict(items), ratings_together_schema(n, ["empathy", "safety"]))
 
 
-@settings(deadline=None)
 @given(ratings=TOGETHER, data=st.data())
 def test_a_fault_in_one_principle_refuses_the_whole_answer_and_names_it(ratings, data):
     n, answer = len(ratings["empathy"]), {principle: as_object(found) for principle, found in ratings.items()}

@@ -54,7 +54,7 @@ def pair(speech_id: str, split: str, better: dict, worse: dict) -> dict:
 ANSWERED = st.lists(st.tuples(st.sampled_from(["train", "dev", "test"]), TOTALS), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ANSWERED)
 def test_counts_are_those_of_a_plain_count(answered):
     speeches, scores, pairs = study(answered)
@@ -72,7 +72,7 @@ def test_counts_are_those_of_a_plain_count(answered):
     assert pool.count(MODELS, CANDIDATES) == 2 * tests + others
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ANSWERED)
 def test_rows_of_the_table_of_pairs_add_up(answered):
     speeches, scores, pairs = study(answered)

@@ -131,7 +131,7 @@ def test_a_part_is_verified_with_all_that_it_was_made_from(flow, part):
 # Something was
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_one_byte_in_any_file_is_found(flow, data):
     path = data.draw(st.sampled_from(files_with_bytes()))
@@ -146,7 +146,7 @@ def test_one_byte_in_any_file_is_found(flow, data):
         assert verdict.root is None
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(data=st.data(), with_records=st.booleans())
 def test_two_files_that_change_places_are_found(flow, data, with_records):
     outputs = [path for path in all_records() if path.stat().st_size]
