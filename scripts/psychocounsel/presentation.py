@@ -298,7 +298,8 @@ class Presentation:
     def summarise_run(self, wildcards) -> dict:
         """Titles, and where the run's files lie."""
         flow = self.flow
-        places = {"report": "report.html", "tables": "10_tables/", "figures": "11_figures/", "cards": "12_cards/", "release": "13_release/"}
+        cards = {"cards": "12_cards/"} if self.carded_models() else {}
+        places = {"report": "report.html", "tables": "10_tables/", "figures": "11_figures/", **cards, "release": "13_release/"}
         return dict(
             title=self.config["title"],
             note=self.config["note"],
