@@ -6,7 +6,7 @@ ranker stand in the evaluation. A row of the table is a rule; wall, CPU and peak
 them. Run it from the project's root:
 
     python benchmarks/full_scale.py --speeches 26483 --rerun        # the paper's scale: about half an hour
-    python benchmarks/full_scale.py --speeches 1000 --folder /tmp/full-scale      # kept: the same command again asks nothing twice
+    python benchmarks/full_scale.py --speeches 1000 --folder work/full-scale      # kept: the same command again asks nothing twice
 """
 
 import argparse
