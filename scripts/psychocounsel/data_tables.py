@@ -310,7 +310,7 @@ def judge_positions_table(judge: dict | None, names: dict[str, str], offline: bo
     scored = {"all": ALL_PRINCIPLES, **names}
     if judge is None or not judge["positions"]["speeches"]:
         rows = [Row([ALL_PRINCIPLES, Missing("This run has no ratings of its own.")])]
-        return Table("judge_positions", "Scores by the place of a response", ["Scores of", "Mean"], [("", rows)], [])
+        return Table("judge_positions", "Scores by the place of a response", ["Scores of", "Mean"], [("Effect of the place", rows)], [])
     positions = judge["positions"]
     places = [f"Place {place}" for place in range(1, positions["places"] + 1)]
     undefined = "Undefined: all places are alike, or there are but two."
@@ -329,4 +329,6 @@ def judge_positions_table(judge: dict | None, names: dict[str, str], offline: bo
     if offline:
         notes.append("This judge computes its scores from each response alone: what shows here is chance.")
     rows = [row(shown, positions["scores"][name]) for name, shown in scored.items()]
-    return Table("judge_positions", "Scores by the place of a response", ["Scores of", "Mean", *places, "p"], [("", rows)], notes)
+    return Table(
+        "judge_positions", "Scores by the place of a response", ["Scores of", "Mean", *places, "p"], [("Effect of the place", rows)], notes
+    )
