@@ -174,13 +174,14 @@ def add_explain(commands) -> None:
 
 def explain(args: argparse.Namespace) -> int:
     """Explain a cell."""
-    from psychocounsel import lineage  # scikit-learn takes seconds to load
+    from psychocounsel.explanation import told
+    from psychocounsel.lineage import explain as explain_cell  # scikit-learn takes seconds to load
 
-    explanation = lineage.Lineage(load_workflow(args), everything=args.all).explain(args.table, args.row, args.column)
+    explanation = explain_cell(load_workflow(args), args.table, args.row, args.column, everything=args.all)
     if args.json:
         sys.stdout.write(orjson.dumps(explanation.as_json(args.show_text), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())
     else:
-        print(lineage.told(explanation, args.show_text))
+        print(told(explanation, args.show_text))
     return int(not explanation.sound)
 
 

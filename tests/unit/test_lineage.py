@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from psychocounsel.adapters import read_table
 from psychocounsel.errors import UserError
-from psychocounsel.lineage import Cell, Explanation, Node, printable, raw_lines, told
+from psychocounsel.explanation import Explanation, Node, printable, told
+from psychocounsel.run_files import raw_lines
+from psychocounsel.table_cells import Cell
 
 CELLS = st.text("ab ,\"\n'", max_size=8)
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from psychocounsel import verification
 from psychocounsel.adapters import read_table
 from psychocounsel.config import load_study, read_config
-from psychocounsel.lineage import Lineage, Node, printable, told
+from psychocounsel.explanation import Node, printable, told
+from psychocounsel.lineage import explain
 from psychocounsel.provenance import SUFFIX, read_record, record_path, rendered, sealed
 from psychocounsel.records import content_hash, file_sha256, read_records
 from psychocounsel.verification import DAMAGE, Verdict, verify
@@ -447,7 +448,7 @@ def cells() -> Iterator[tuple[str, int, str]]:
 
 def test_every_cell_is_explained_and_agrees_with_what_is_under_it(flow):
     for table, row, column in cells():
-        explanation = Lineage(flow, everything=False).explain(table, str(row), column)
+        explanation = explain(flow, table, str(row), column, everything=False)
         assert explanation.sound, (table, row, column, explanation)
         for node in nodes(explanation.under):
             assert node.file is None or Path(node.file).is_file(), node
@@ -464,7 +465,7 @@ def test_every_cell_is_explained_and_agrees_with_what_is_under_it(flow):
     ],
 )
 def test_single_records_are_traced_to_requests_and_raw_rows(flow, table, row, column):
-    explanation = Lineage(flow, everything=True).explain(table, row, column)
+    explanation = explain(flow, table, row, column, everything=True)
     found = list(nodes(explanation.under))
     texts = {speech["text"] for speech in read_records(RUN / "02_speeches/speeches.jsonl", "speech")}
     speeches = [node for node in found if node.what.startswith("client speech")]
@@ -490,7 +491,7 @@ def test_single_records_are_traced_to_requests_and_raw_rows(flow, table, row, co
 
 def test_words_of_clients_and_models_are_shown_on_request_alone(flow):
     for row, shown in (("micro-dpo | both orders | Without", True), ("micro-dpo | one order | With a", False)):
-        explanation = Lineage(flow, everything=True).explain("win_rates", row, "Overall")
+        explanation = explain(flow, "win_rates", row, "Overall", everything=True)
         texts = [node.text.split("\n")[0] for node in nodes(explanation.under) if node.text and len(node.text.split("\n")[0]) > 12]
         assert texts
         tree, facts = told(explanation, shown), json.dumps(explanation.as_json(shown))
@@ -512,11 +513,11 @@ def test_a_cell_that_does_not_follow_from_what_is_under_it_is_told(flow):
     ):
         with kept(file):
             file.write_text(file.read_text().replace(old, new))
-            assert not Lineage(flow, everything=True).explain(*cell).sound, file
+            assert not explain(flow, *cell, everything=True).sound, file
     table = RUN / "10_tables/pool.csv"
     with kept(table):
         table.write_text(table.read_text().replace(",20,", ",21,", 1))
-        assert not Lineage(flow, everything=False).explain("pool", "1", "Responses").sound
+        assert not explain(flow, "pool", "1", "Responses", everything=False).sound
 
 
 # Snakemake's own
