@@ -7,8 +7,7 @@ single ratings.
 from collections.abc import Callable
 from pathlib import Path
 
-import make_tables
-from make_tables import TableSettings
+from make_tables import TOPIC_FROM, TOPICS_FROM, UNANSWERED, TableSettings
 from psychocounsel import consistency, data_tables, pool
 from psychocounsel.explanation import Node
 from psychocounsel.pairs import least_total_gap
@@ -78,7 +77,7 @@ def under_dataset(cell: Cell, run: RecordLineage, settings: TableSettings) -> tu
     if cell.group == "Rows left out, by reason":
         return "number of rows left out for this reason", run.counted(cell.path, "dropped_row", lambda row: row["reason"] == cell.name)
     if cell.group == "Responses left out, by reason":
-        if cell.name == make_tables.UNANSWERED:
+        if cell.name == UNANSWERED:
             return "number of requests to the pool without a usable answer", run.counted(cell.path, "failure", lambda row: True)
         return "number of responses without an overall score", run.counted(cell.path, "unscored", lambda row: row["reason"] == cell.name)
     formula, kind, splits = DATASET[cell.group, cell.name]
@@ -87,8 +86,8 @@ def under_dataset(cell: Cell, run: RecordLineage, settings: TableSettings) -> tu
 
 def under_topics(cell: Cell, run: RecordLineage, settings: TableSettings) -> tuple[str, list[Node]]:
     """Speeches of a topic."""
-    if cell.group == make_tables.TOPIC_FROM:
-        field, values = "topic_from", {name for name, title in make_tables.TOPICS_FROM.items() if title == cell.name}
+    if cell.group == TOPIC_FROM:
+        field, values = "topic_from", {name for name, title in TOPICS_FROM.items() if title == cell.name}
     else:
         group = next(entry for entry in run.flow.study.taxonomy["coarse"].values() if entry["title"] == cell.group)
         field, values = "topic", set(group["fine"]) if cell.name == "All of these" else {cell.name}

@@ -7,9 +7,8 @@ single verdicts, by the programs that computed them.
 from pathlib import Path
 
 import evaluate_rewards
-import make_tables
 import parse_judgements
-from make_tables import TableSettings
+from make_tables import SETTINGS, SHORT_TOPICS, TableSettings
 from psychocounsel import winrates
 from psychocounsel.explanation import Node
 from psychocounsel.record_lineage import RecordLineage, parsed
@@ -29,11 +28,11 @@ METRICS = {  # columns of the tables of reward models -> metric, and how it is c
     "Temperature": ("temperature", "the T > 0 for which the margins divided by T have the least NLL"),
     "Pairs": ("n", "number of pairs with a usable verdict"),
 }
-PROTOCOLS = {
+PROTOCOLS = {  # sources of a row of win rates -> protocol, formula
     "one order": ("paper", "100 x share of speeches won in the one order that a seeded coin picks"),
     "both orders": ("robust", "100 x mean over speeches of 1 (won in both orders), 0 (lost in both), 0.5 (they disagree)"),
 }
-LENGTHS = {
+LENGTHS = {  # columns of the table of lengths -> formula
     "Win rate (%)": PROTOCOLS["both orders"][1],
     "At equal length (%)": "100 x sigmoid(a) of the fit log-odds(win) = a + b tanh(d / sd(d)), d their difference in characters",
     "Words": "mean number of words of the policy's answers",
@@ -127,7 +126,7 @@ def value_of(metric: object) -> str:
 def under_win_rates(cell: Cell, run: RecordLineage, settings: TableSettings) -> tuple[str, list[Node]]:
     """Judgements of a policy's answers against the opponent's."""
     coarse = run.flow.study.taxonomy["coarse"]
-    topics = {make_tables.SHORT_TOPICS.get(name, entry["title"]): name for name, entry in coarse.items()}
+    topics = {SHORT_TOPICS.get(name, entry["title"]): name for name, entry in coarse.items()}
     topic = topics.get(cell.base)
     if cell.row["Source"] == "this run":
         on_topic = run.counted(cell.path, "speech", lambda row: row["split"] == "test" and topic in (None, row["coarse_topic"]))
@@ -146,7 +145,7 @@ def under_lengths(cell: Cell, run: RecordLineage, settings: TableSettings) -> tu
 def win_rate(cell: Cell, run: RecordLineage, settings: TableSettings, protocol: str, topic: str | None) -> list[Node]:
     """A policy's win rate, computed again from the judgements."""
     policy = named(cell.name, settings.policies, settings)
-    setting = next(name for name, (heading, _) in make_tables.SETTINGS.items() if heading == cell.group)
+    setting = next(name for name, (heading, _) in SETTINGS.items() if heading == cell.group)
     for path in run.inputs(cell.path, "win_rates"):
         result = read_result(Path(path), "win_rates")
         if (result["policy"], result["setting"]) == (policy, setting):
