@@ -34,6 +34,7 @@ DATASET = {  # rows of the table of the data set -> formula, records that count,
     (RESPONSES, "of these dev"): ("number of preference pairs", "pair", ("dev",)),
     (RESPONSES, "Pairs, test"): ("number of preference pairs", "pair", ("test",)),
 }
+UNRATED = "nothing: this run has no ratings of its own"
 CONTAMINATION = {  # columns of the table of contamination -> formula
     "Side": "the side of the data that is compared",
     "Prompts": "number of different prompts in the data",
@@ -171,6 +172,8 @@ def under_contamination(cell: Cell, run: RecordLineage, settings: TableSettings)
 
 def under_judge_positions(cell: Cell, run: RecordLineage, settings: TableSettings) -> tuple[str, list[Node]]:
     """Ratings by the place of a response."""
+    if not run.flow.judge_assessment():
+        return UNRATED, []
     of_principle = on_principle(cell.name, settings)
     if not cell.base.startswith("Place"):
         formula = "mean score" if cell.base == "Mean" else "Friedman's test: chance of mean ranks of the places as unequal as these"
@@ -182,6 +185,8 @@ def under_judge_positions(cell: Cell, run: RecordLineage, settings: TableSetting
 
 def under_judge_consistency(cell: Cell, run: RecordLineage, settings: TableSettings) -> tuple[str, list[Node]]:
     """Ratings of a sample that was rated twice."""
+    if not run.flow.judge_assessment():
+        return UNRATED, []
     order = next(order for order, title in data_tables.ORDERS.items() if title == cell.base)
     path, stored, again = assessment(run)
     if order not in {result["order"] for result in stored["again"]}:
@@ -213,7 +218,7 @@ def judged(run: RecordLineage, assessed: tuple[str, dict, dict], keep: Callable[
 
 def assessment(run: RecordLineage) -> tuple[str, dict, dict]:
     """The judge's assessment: its file, what it says, and what follows from the ratings now."""
-    path = run.flow.results("04_ratings/judge.json")
+    (path,) = run.flow.judge_assessment()
     settings = run.record(path)["identity"]["settings"]
     files = run.inputs(path, "rating")
     ratings = {Path(file).stem: consistency.as_ratings((row for _, row in lines(file)), settings["principles"]) for file in files}

@@ -99,6 +99,11 @@ def test_a_second_run_does_nothing_and_the_audit_finds_all_well(folder):
     verify = [sys.executable, "scripts/audit.py", "verify", "--configfile", STUDY]
     done = subprocess.run(verify, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    for table, column in (("judge_positions", "Mean"), ("judge_consistency", "Same order")):
+        words = [sys.executable, "scripts/audit.py", "explain", table, "--row", "1", "--column", column, "--configfile", STUDY]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "no ratings of its own" in done.stdout
     parquet = folder / "results" / "given" / "13_release" / "pairs" / "train.parquet"
     before = parquet.read_bytes()
     parquet.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
