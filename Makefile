@@ -34,7 +34,7 @@ sources: .venv/pipeline.ready
 	@python scripts/count_speeches.py --configfile $(STUDY)
 
 test: .venv/dev.ready
-	pytest -q tests --ignore=tests/vllm_cpu
+	pytest -q tests
 
 test-fast: .venv/dev.ready
 	pytest -q -m "not slow" tests/unit
