@@ -9,6 +9,7 @@ import time
 import tracemalloc
 import weakref
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 import orjson
@@ -196,8 +197,8 @@ def test_a_low_limit_does_not_drive_a_group_apart(tmp_path):
     with FakeServer() as server:
         ask(tmp_path, server, asked, limits={"concurrency": 16, "requests_per_minute": 600})
     arrived = [body["messages"][-1]["content"] for body in server.requests]
-    late = arrived[10:]  # ten go out at once
-    assert late == sorted(late), "group after group"
+    late = [text.split()[0] for text in arrived[10:]]  # ten go out at once
+    assert len(list(groupby(late))) == len(set(late)), "group after group"
     assert server.times[-1] - server.times[0] > 0.4
 
 
