@@ -33,11 +33,13 @@ pin: .venv/pipeline.ready
 sources: .venv/pipeline.ready
 	@python scripts/count_speeches.py --configfile $(STUDY)
 
+# The quick ones beside each other; the slow ones share a run of the workflow, and fill the cores by themselves.
 test: .venv/dev.ready
-	pytest -q tests
+	pytest -q -n auto -m "not slow" tests
+	pytest -q -m slow tests
 
 test-fast: .venv/dev.ready
-	pytest -q -m "not slow" tests/unit
+	pytest -q -n auto -m "not slow" tests
 
 # Apart from `make test` and CI: gigabytes, and minutes to install them.
 test-vllm: .venv/dev.ready .venv/vllm.ready
