@@ -194,9 +194,9 @@ def run(project, cluster, gate) -> Run:
     def state() -> str:
         return next(job["state"] for job in cluster.jobs() if job["id"] == driver_job)
 
-    cluster.wait(lambda: trained.is_file() or state() in over, "the trained policy", 600)
+    cluster.wait(lambda: trained.is_file() or state() in over, "the trained policy", 1200)
     undisturbed = start_undisturbed(project) if trained.is_file() else None
-    cluster.wait(lambda: state() in over, "the end of the run", 600)
+    cluster.wait(lambda: state() in over, "the end of the run", 900)
     run.driver_state, run.seconds = state(), time.monotonic() - started
     run.driver_log = (project.folder / f"slurm-driver-{driver_job}.log").read_text()
     if undisturbed:
