@@ -37,7 +37,7 @@ def test_gpu_rules_run_on_the_gpu_node_with_a_gpu_and_others_do_not(run):
 def test_steps_that_follow_one_another_share_a_job(run):
     groups = {name for name in run.places() if name.startswith("group_")}
     assert {re.sub(r"_.*", "", name.removeprefix("group_")) for name in groups} == {
-        "speeches", "assignments", "pairs", "iteration", "verdicts", "report",
+        "speeches", "assignments", "pairs", "judge", "iteration", "verdicts", "report",
     }  # fmt: skip
 
 
