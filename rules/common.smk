@@ -69,6 +69,11 @@ def output_folder(wildcards, output):
     return Path(output[0]).parent
 
 
+def costs_folder(wildcards, output):
+    """The folder of the table of costs, beside the other tables."""
+    return Path(output.csv).parent
+
+
 def checkpoints_folder(wildcards, output):
     """The folder of a training's checkpoints, beside the list that stands for them."""
     return Path(output.checkpoints).with_suffix("")

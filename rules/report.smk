@@ -145,7 +145,7 @@ rule write_report:
         code=code("write_report"),
         options=pages.case_options(),
         run_dir=output_folder,
-        tables=flow.results("10_tables"),
+        tables=costs_folder,
     message:
         "Write the report"
     shell:
