@@ -9,7 +9,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from psychocounsel import journal as journal_module
@@ -111,13 +111,17 @@ def test_what_a_power_cut_leaves_at_the_end_is_dropped(tmp_path_factory, data):
     assert path.read_bytes() == b"".join(rendered(outcome(key)) for key in expected)
 
 
-@given(st.data())
+WHOLE = b"".join(rendered(outcome(key)) for key in KEYS)
+END_OF_SECOND = WHOLE.rindex(b"\n", 0, -1)
+
+
+@given(place=st.integers(0, len(WHOLE) - 1), value=st.integers(0, 255))
+@example(place=END_OF_SECOND, value=0)
 @settings(max_examples=300)
-def test_no_damage_is_ever_misread(tmp_path_factory, data):
+def test_no_damage_is_ever_misread(tmp_path_factory, place, value):
     """One byte of a journal is altered: its line is refused by file and line, or dropped as a torn end; never is another answer read."""
     path = tmp_path_factory.mktemp("journal") / "j.jsonl"
-    content = bytearray(b"".join(rendered(outcome(key)) for key in KEYS))
-    place, value = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 255))
+    content = bytearray(WHOLE)
     line = content[:place].count(b"\n") + 1
     changed = content[place] != value
     content[place] = value
@@ -126,6 +130,8 @@ def test_no_damage_is_ever_misread(tmp_path_factory, data):
         assert len(answered(path)) == 3
     elif line == 3 and (value == 0 or place == len(content) - 1):
         assert answered(path) == {A: outcome(A), B: outcome(B)}, "as a power cut or a kill leaves it"
+    elif (place, value) == (END_OF_SECOND, 0):
+        assert answered(path) == {A: outcome(A)}, "a hole over the end of a line: with the line after it, one torn end"
     else:
         with pytest.raises(UserError, match=rf"j\.jsonl:{line}: "):
             answered(path)
