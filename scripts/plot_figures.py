@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 SETTING_TITLES = {"free": "Without a length constraint", "length": "With a length constraint"}
 NO_SCORES = "none of the run's pairs has scores"
-THOUSANDS = "{x:,.0f}"  # how axes that count write their numbers
 
 
 class Checkpoint(BaseModel):
@@ -149,7 +148,7 @@ def read_logs(run: Stage, words: list[str]) -> dict[str, list[tuple[int, float]]
 
 def plot_dataset(speeches: list[dict], topics: dict[str, str]) -> "Figure":
     """Coarse topics and lengths of the speeches (section 3.1)."""
-    from psychocounsel.plotting import COLOURS, canvas
+    from psychocounsel.plotting import COLOURS, canvas, show_counts
 
     figure, (by_topic, lengths) = canvas(1, 2, width=6.5, height=3.0, width_ratios=[1.25, 1])
     counts = Counter(speech["coarse_topic"] for speech in speeches)
@@ -159,17 +158,17 @@ def plot_dataset(speeches: list[dict], topics: dict[str, str]) -> "Figure":
     by_topic.tick_params(axis="y", labelsize=7)
     by_topic.margins(x=0.18)
     by_topic.set(title="Speeches by topic", xlabel="speeches")
-    by_topic.xaxis.set_major_formatter(THOUSANDS)
+    show_counts(by_topic.xaxis)
     by_topic.grid(axis="y", visible=False)
     lengths.hist([len(speech["text"]) for speech in speeches], bins=30, color=COLOURS[0])
     lengths.set(title="Length of a speech", xlabel="characters", ylabel="speeches")
-    lengths.yaxis.set_major_formatter(THOUSANDS)
+    show_counts(lengths.yaxis)
     return figure
 
 
 def plot_pairs(pairs: list[dict]) -> "Figure":
     """Score gaps by side of the split, lengths of both responses, and their differences in length (section 3.3)."""
-    from psychocounsel.plotting import COLOURS, canvas, say_empty
+    from psychocounsel.plotting import COLOURS, canvas, say_empty, show_counts
 
     figure, (gaps, lengths, differences) = canvas(1, 3, width=8.0, height=2.8)
     sides = {"train and dev": [p for p in pairs if p["split"] != "test"], "test": [p for p in pairs if p["split"] == "test"]}
@@ -181,7 +180,6 @@ def plot_pairs(pairs: list[dict]) -> "Figure":
         gaps.bar([step / 7 for step in steps], [held[step] for step in steps], label=f"{title} ({len(side):,})", **bars)
         below += held
     gaps.set(title="Score gap", xlabel="difference of mean scores", ylabel="pairs")
-    gaps.yaxis.get_major_locator().set_params(integer=True)
     gaps.legend()
     if not below:
         say_empty(gaps, NO_SCORES)
@@ -198,7 +196,7 @@ def plot_pairs(pairs: list[dict]) -> "Figure":
     differences.axvline(0, color="#333333", linewidth=0.8, linestyle="--")
     differences.set(title="Chosen minus rejected", xlabel=f"words; chosen longer: {100 * (difference > 0).mean():.1f} %", ylabel="pairs")
     for axes in (gaps, lengths, differences):
-        axes.yaxis.set_major_formatter(THOUSANDS)
+        show_counts(axes.yaxis)
     return figure
 
 
@@ -213,7 +211,7 @@ def plot_pool(pool: Pool, side: str, settings: FigureSettings) -> "Figure":
 
     Counts depend on how often a model was drawn and whom it met; the rate takes the first out.
     """
-    from psychocounsel.plotting import COLOURS, MARKERS, canvas, say_empty
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas, say_empty, show_counts
 
     what = SIDES[side]
     size_of = {model: k for k, size in enumerate(settings.pool) for model in size.models}
@@ -231,7 +229,7 @@ def plot_pool(pool: Pool, side: str, settings: FigureSettings) -> "Figure":
         known = [(place, rate) for place, rate in held if rate["value"] is not None]
         intervals(rates, known, COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)], title)
     rates.set(title="Per pair it stood in" if settings.starts_at_pairs else "Per candidate pair", xlabel=f"{side} (%)")
-    counts.xaxis.set_major_formatter(THOUSANDS)
+    show_counts(counts.xaxis)
     counts.margins(x=0.16, y=0.02)
     for axes in (counts, rates):
         axes.grid(axis="y", visible=False)
@@ -376,7 +374,7 @@ def plot_losses(curves: dict[str, list[tuple[int, float]]], loss: str, settings:
 
     A long curve is drawn pale, with its running mean over a fortieth of its steps in full colour.
     """
-    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas, show_counts
 
     figure, (axes,) = canvas(height=3.2)
     for k, (name, curve) in enumerate(curves.items()):
@@ -389,7 +387,7 @@ def plot_losses(curves: dict[str, list[tuple[int, float]]], loss: str, settings:
         axes.plot(steps, losses, color=colour, marker=marker, label=settings.title(name))
     axes.axhline(np.log(2), color="#666666", linewidth=0.8, linestyle="--", label="ln 2")
     axes.set(xlabel="optimiser step", ylabel=loss)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    show_counts(axes.xaxis)
     axes.legend(ncols=1 + len(curves) // 7)
     return figure
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart with any colour vision, without its yellow, which is too light for lines.
@@ -45,6 +46,12 @@ def canvas(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float 
     """Return a figure in the project's style and its axes, in reading order."""
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **kwargs)
     return figure, list(axes.flat)
+
+
+def show_counts(axis: Axis) -> None:
+    """Mark an axis that counts at whole numbers alone, with commas between thousands."""
+    axis.get_major_locator().set_params(integer=True)
+    axis.set_major_formatter("{x:,.0f}")
 
 
 def say_empty(axes: Axes, reason: str) -> None:

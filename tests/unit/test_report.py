@@ -171,6 +171,18 @@ def test_figures_are_drawn_and_the_same_bytes_twice(run):
         assert (run / "figures" / name).read_bytes() == (run / "again" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("most", [1, 3, 15, 26_483])
+def test_an_axis_of_counts_is_marked_at_whole_numbers_as_they_are(most):
+    from psychocounsel.plotting import canvas, show_counts
+
+    figure, (axes,) = canvas()
+    axes.barh(["a", "b"], [most, 1])
+    show_counts(axes.xaxis)
+    figure.canvas.draw()
+    for place, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
+        assert float(label.get_text().replace(",", "")) == place
+
+
 def test_every_table_and_figure_has_a_caption(run):
     for path in [*run.glob("tables/*.html"), *run.glob("figures/*.svg")]:
         kind = "table" if path.suffix == ".html" else "figure"
