@@ -9,11 +9,7 @@ it starts at pairs) are left out.
 """
 
 from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from psychocounsel.config import load_registry
 from psychocounsel.data_tables import (
@@ -25,103 +21,30 @@ from psychocounsel.data_tables import (
     pairs_table,
 )
 from psychocounsel.errors import UserError
-from psychocounsel.pool import CHOSEN, REJECTED, RESPONSES, SCORE, Pool, SizeClass, splits
-from psychocounsel.stage import Settings, command_line, dropped_by_reason, stage
-from psychocounsel.tables import FORMATS, Cell, Missing, Number, Row, Table, count, number, read_result
+from psychocounsel.policy_tables import length_table, win_rate_table
+from psychocounsel.pool import CHOSEN, REJECTED, RESPONSES, SCORE, Pool, splits
+from psychocounsel.stage import command_line, dropped_by_reason, stage
+from psychocounsel.table_settings import Ablation, TableSettings
+from psychocounsel.tables import (
+    FORMATS,
+    NOT_REPORTED,
+    ORIENTATION,
+    Cell,
+    Missing,
+    Number,
+    Row,
+    Table,
+    count,
+    number,
+    read_result,
+    reported_row,
+)  # fmt: skip
 
-ORIENTATION = "Reported in the paper (other models; for orientation)"
-SETTINGS = {
-    "free": ("Without a length constraint", "without_length_constraint"),
-    "length": ("With a length constraint", "with_length_constraint"),
-}
-NOT_REPORTED = "The paper does not report it."
 OF_SCORES = ("dataset", "pool", "model_groups", "pairs", "judge_consistency", "judge_positions")  # tables that name who scored
 UNANSWERED = "no usable answer of the model"
 PERSONAL_DATA = {"email": "e-mail addresses", "phone": "telephone numbers", "url": "web addresses"}
 TOPIC_FROM = "Where the topic is from"
 TOPICS_FROM = {"source": "The source's label", "judge": "The judge's choice", "embedding": "Nearest by embedding"}
-SHORT_TOPICS = {  # column heads of Table 3
-    "core_mental_health_issues": "Mental Issues",
-    "emotional_well_being": "Emotional Well-being",
-    "relationships_and_interpersonal": "Relationships",
-    "life_transitions": "Life Changes",
-    "social_issues": "Social Issues",
-    "youth_and_development": "Youth",
-    "crisis_and_safety": "Safety",
-    "special_topics": "Special Topics",
-}
-
-
-class Part(BaseModel):
-    """A closed piece of the settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Group(Part):
-    """Models that stand together in a table, in their order."""
-
-    title: str
-    models: list[str]
-
-
-class Ablation(Part):
-    """A row of Table 2."""
-
-    model: str
-    base: str
-    data: str
-
-
-class Reported(Part):
-    """Which rows of the paper are those of this run's models: name -> the paper's row."""
-
-    reward_models: dict[str, str] = {}
-    ablation: dict[str, str] = {}
-    policies: dict[str, str] = {}
-
-
-class Ratings(Part):
-    """Who scored the responses, and how."""
-
-    judge: str | None = None  # None where the scores came with the pairs at which the run starts
-    protocol: Literal["one_by_one", "together"] = "one_by_one"
-    offline: bool = False  # computed from each response alone, without a model
-    principles: list[tuple[str, str]] = []
-
-    def note(self) -> str:
-        """Return the sentence that stands under tables of scores."""
-        how = {"one_by_one": "one call a principle, as in the paper", "together": "all principles in one call, unlike the paper"}
-        return (
-            f"Scores by {self.judge}: {how[self.protocol]} (protocol {self.protocol})." if self.judge else "The scores came with the pairs."
-        )
-
-
-class TableSettings(Settings):
-    """Rows and their order, titles, and which rows of the paper belong to them."""
-
-    titles: dict[str, str] = Field({}, description="name of a model, policy or source -> its title; a name without one stands for itself")
-    pool: list[SizeClass] = Field([], description="[{title, models}]: the response pool by size class (Table 6)")
-    languages: dict[str, str] = Field({}, description="model of the pool -> the main language of its institution")
-    reward_models: list[Group] = Field([], description="[{title, models}]: the rows of Table 1")
-    ablation: list[Ablation] = Field([], description="[{model, base, data}]: the rows of Table 2")
-    policies: list[str] = Field([], description="the rows of Table 3")
-    opponent: str = Field(description="title of the opponent")
-    judge: str = Field(description="title of the judge of the answers")
-    ratings: Ratings = Field(
-        Ratings(), description="{judge, protocol, offline, principles}: who scored the responses, and how (principles: [[id, name], …])"
-    )
-    note: str | None = Field(None, description="a sentence under every table")
-    starts_at_pairs: bool = Field(False, description="whether the pairs were given: what made no pair is not known then")
-    bootstrap: int = Field(2000, description="resamples of the intervals of rates, clustered by speech", ge=1)
-    seed: int = Field(0, description="seed of the resamples")
-    reported: Reported = Field(
-        Reported(), description='{reward_models, ablation, policies}: name -> row of the paper (of Table 2: "Llama-3B, HelpSteer2 + Ours")'
-    )
-
-    def title(self, name: str) -> str:
-        """Return what readers see for a name."""
-        return self.titles.get(name, name)
 
 
 def main() -> None:
@@ -240,7 +163,7 @@ def dataset_table(
     """Sizes of the data set, what was dropped on the way and why (sections 3.1 and 3.3)."""
     no_speeches = Missing("This run starts at pairs, without speeches of its own.")
     no_scores = Missing("This run starts at pairs, without responses of its own.")
-    unknown, apart = Missing(NOT_REPORTED), Missing("The paper does not count its dev set apart: it is within train.")
+    unknown, apart = NOT_REPORTED, Missing("The paper does not count its dev set apart: it is within train.")
     lengths = [len(speech["text"]) for speech in speeches]
     sides = Counter(speech["split"] for speech in speeches)
     sources = Counter(speech["source"] for speech in speeches)
@@ -312,7 +235,7 @@ def topic_table(speeches: list[dict], taxonomy: dict, settings: TableSettings) -
             (coarse["title"], [topic_row("All of these", list(coarse["fine"]), cells, len(speeches), count(coarse["paper_count"])), *rows])
         )
     origins = Counter((speech["topic_from"], speech["split"]) for speech in speeches)
-    unknown = Missing(NOT_REPORTED)
+    unknown = NOT_REPORTED
     groups.append((TOPIC_FROM, [topic_row(title, [name], origins, len(speeches), unknown) for name, title in TOPICS_FROM.items()]))
     columns = ["Topic", "Train", "Dev", "Test", "All", "Share (%)", "Paper"]
     return Table("topics", "Client speeches by topic (Table 5)", columns, groups, [])
@@ -369,7 +292,7 @@ def reward_model_table(metrics: dict[str, dict], paper: dict, settings: TableSet
         for name in group.models:
             rows.append(reward_model_row(settings.title(name), metrics.get(name)))
             if name in mapped:
-                rows.append(reported_reward_model_row(settings.title(name), look_up(paper["reward_models"], mapped[name]), paper))
+                rows.append(reported_reward_model_row(settings.title(name), reported_row(paper["reward_models"], mapped[name]), paper))
         groups.append((group.title, rows))
     others = [
         reported_reward_model_row(name, entry, paper) for name, entry in paper["reward_models"].items() if name not in mapped.values()
@@ -411,8 +334,8 @@ def reward_model_row(title: str, result: dict | None) -> Row:
 
 def reported_reward_model_row(title: str, entry: dict, paper: dict) -> Row:
     """A row of the paper's Table 1."""
-    cells = [Number(entry[key], 3) if key in entry else Missing(NOT_REPORTED) for key in ("auc", "ece", "brier")]
-    unknown = Missing(NOT_REPORTED)
+    cells = [Number(entry[key], 3) if key in entry else NOT_REPORTED for key in ("auc", "ece", "brier")]
+    unknown = NOT_REPORTED
     return Row([title, "paper", Number(entry["acc"], 1), *cells, unknown, unknown, count(paper["dataset"]["pairs"]["test"])])
 
 
@@ -424,7 +347,7 @@ def ablation_table(metrics: dict[str, dict], benchmark: dict[str, dict], paper: 
     for entry in settings.ablation:
         rows.append(ablation_row(entry, metrics.get(entry.model), benchmark.get(entry.model)))
         if entry.model in mapped:
-            rows.append(reported_ablation_row(entry.base, entry.data, look_up(by_row, mapped[entry.model])))
+            rows.append(reported_ablation_row(entry.base, entry.data, reported_row(by_row, mapped[entry.model])))
     others = [reported_ablation_row(entry["base"], entry["data"], entry) for row, entry in by_row.items() if row not in mapped.values()]
     columns = ["Base", "Training data", "Source", "Acc. (%)", "AUC", "Brier", "ECE", "RewardBench (%)"]
     notes = [
@@ -454,117 +377,6 @@ def reported_ablation_row(base: str, data: str, entry: dict) -> Row:
     """A row of the paper's Table 2."""
     figures = [Number(entry["acc"], 1), *(Number(entry[m], 3) for m in ("auc", "brier", "ece")), Number(entry["rewardbench"], 1)]
     return Row([base, data, "paper", *figures])
-
-
-# Section 4.2: policies
-
-
-def win_rate_table(
-    win_rates: dict[tuple[str, str], dict], speeches: list[dict], topics: dict[str, str], paper: dict, settings: TableSettings
-) -> Table:
-    """Win rates against the opponent by coarse topic and overall, in both settings and protocols (Table 3)."""
-    mapped, groups, others = settings.reported.policies, [], []
-    test = Counter(speech["coarse_topic"] for speech in speeches if speech["split"] == "test")
-    for setting, (heading, key) in SETTINGS.items():
-        reported = {name: dict(zip(paper["columns"], figures, strict=True)) for name, figures in paper[key].items()}
-        rows = []
-        for policy in settings.policies:
-            rows += [
-                win_rate_row(settings.title(policy), win_rates.get((policy, setting)), protocol, topics) for protocol in ("paper", "robust")
-            ]
-            if policy in mapped:
-                rows.append(reported_win_rate_row(settings.title(policy), look_up(reported, mapped[policy]), topics))
-        if rows and speeches:
-            rows.insert(
-                0, Row(["Test speeches", "this run", *(count(test[topic]) for topic in topics), count(test.total()), count(test.total())])
-            )
-        groups.append((heading, rows))
-        left = [reported_win_rate_row(name, figures, topics) for name, figures in reported.items() if name not in mapped.values()]
-        others.append((f"{ORIENTATION}: {heading[0].lower()}{heading[1:]}", left))
-    columns = ["Policy", "Source", *(SHORT_TOPICS.get(topic, title) for topic, title in topics.items()), "Overall", "Speeches"]
-    notes = [
-        f"Percent of comparisons won against {settings.opponent}, judged by {settings.judge}.",
-        "One order: the order of the two answers drawn by seed, as in the paper. Both orders: a win in both counts 1, a disagreement half.",
-        "In brackets: 95 % bootstrap intervals over speeches; those of the topics stand in the CSV file.",
-    ]
-    return Table("win_rates", f"Win rates against {settings.opponent} (Table 3)", columns, [*groups, *others], notes)
-
-
-def win_rate_row(title: str, result: dict | None, protocol: str, topics: Collection[str]) -> Row:
-    """A measured row of Table 3."""
-    source = {"paper": "one order", "robust": "both orders"}[protocol]
-    if result is None:
-        return Row([title, source, *[Missing("Not judged in this run.")] * (len(topics) + 2)])
-    rates = result["protocols"][protocol]
-
-    def cell(rate: dict | None, show_interval: bool) -> Cell:
-        if rate is None:
-            return Missing("No test speech on this topic was judged.")
-        return Number(100 * rate["win_rate"], 1, 100 * rate["low"], 100 * rate["high"], show_interval)
-
-    by_topic = [cell(rates["topics"].get(topic), False) for topic in topics]
-    return Row([title, source, *by_topic, cell(rates["overall"], True), count(rates["overall"]["n"])])
-
-
-def reported_win_rate_row(title: str, figures: dict[str, float], topics: Collection[str]) -> Row:
-    """A row of the paper's Table 3."""
-    cells = [Number(figures[topic], 1) if topic in figures else Missing(NOT_REPORTED) for topic in [*topics, "overall"]]
-    return Row([title, "paper", *cells, Missing(NOT_REPORTED)])
-
-
-def length_table(win_rates: dict[tuple[str, str], dict], settings: TableSettings) -> Table:
-    """What stands behind the win rates: lengths, how well a constraint was kept, and the judge's order effects."""
-    columns = [
-        "Policy",
-        "Win rate (%)",
-        "At equal length (%)",
-        "Words",
-        "Opponent's words",
-        "Off target (%)",
-        "Within 10 % (%)",
-        "Orders agree (%)",
-        "First wins (%)",
-    ]
-    groups = []
-    for setting, (heading, _) in SETTINGS.items():
-        groups.append((heading, [length_row(settings.title(policy), win_rates.get((policy, setting))) for policy in settings.policies]))
-    notes = [
-        "Win rate: both orders. At equal length: predicted by a logistic regression on the difference in length.",
-        "The regression is that of AlpacaEval 2 without its term for the instruction's difficulty, which needs a leader board of models.",
-        "Off target: mean of |words - asked words| / asked words.",
-        "First wins: share of the judge's decided verdicts that prefer the answer shown first; 50 means no position bias.",
-    ]
-    return Table("lengths", "Answer lengths and order effects behind the win rates", columns, groups, notes)
-
-
-def length_row(title: str, result: dict | None) -> Row:
-    """A row of the table of lengths."""
-    if result is None:
-        return Row([title, *[Missing("Not judged in this run.")] * 8])
-    overall, controlled, lengths = result["protocols"]["robust"]["overall"], result["length_controlled"], result["lengths"]
-    constraint, free = lengths["constraint"], Missing("No length was asked for.")
-    notes = ["At equal length: extrapolated, since its answers are nearly all longer, or nearly all shorter, than the opponent's."]
-    return Row(
-        [
-            title,
-            Number(100 * overall["win_rate"], 1, 100 * overall["low"], 100 * overall["high"]),
-            number({**controlled, "value": controlled["win_rate"]}, f"{controlled['reason']}.".capitalize(), 1, 100),
-            Number(lengths["policy_words"], 0),
-            Number(lengths["opponent_words"], 0),
-            Number(100 * constraint["mean_relative_error"], 1) if constraint else free,
-            Number(100 * constraint["within_tenth"], 1) if constraint else free,
-            Number(100 * result["orders"]["agreement"], 1),
-            Number(100 * result["orders"]["first_share"], 1),
-        ],
-        notes if controlled["extrapolated"] and controlled["win_rate"] is not None else [],
-    )
-
-
-def look_up(rows: dict[str, dict], name: str) -> dict:
-    """Return a row of the paper; raise UserError where the settings name one that it does not have."""
-    if name not in rows:
-        raise UserError(f"--settings: reported: the paper has no row {name!r}; it has {', '.join(map(repr, rows))}")
-    return rows[name]
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ single ratings.
 from collections.abc import Callable
 from pathlib import Path
 
-from make_tables import TOPIC_FROM, TOPICS_FROM, UNANSWERED, TableSettings
+from make_tables import TOPIC_FROM, TOPICS_FROM, UNANSWERED
 from psychocounsel import consistency, data_tables, pool
 from psychocounsel.explanation import Node
 from psychocounsel.pairs import least_total_gap
 from psychocounsel.record_lineage import RecordLineage
 from psychocounsel.run_files import lines
 from psychocounsel.table_cells import Cell, named
+from psychocounsel.table_settings import TableSettings
 from psychocounsel.tables import MISSING, read_result
 
 SPEECHES, RESPONSES = "Client speeches", "Responses and preference pairs"

@@ -8,9 +8,8 @@ import numpy as np
 
 from psychocounsel.metrics import resampled_sums, with_interval
 from psychocounsel.pool import CHOSEN, ENGLISH, REJECTED, RESPONSES, SCORE, Pool, SizeClass, by_language
-from psychocounsel.tables import Cell, Missing, Number, Row, Table, count, number
+from psychocounsel.tables import NOT_REPORTED, Cell, Missing, Number, Row, Table, count, number
 
-NOT_REPORTED = Missing("The paper does not report it.")
 AT_PAIRS = Missing("This run starts at pairs: what made no pair is not known.")
 GAPS = [(0, 1), (1, 1.5), (1.5, 2), (2, 3), (3, 4.01)]  # differences of mean scores, from and below
 ORDERS = {"same": "Same order", "reversed": "Reverse order"}

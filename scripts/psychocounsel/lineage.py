@@ -17,6 +17,7 @@ from psychocounsel.record_lineage import RecordLineage
 from psychocounsel.run_files import RunFiles
 from psychocounsel.stage import parse_settings
 from psychocounsel.table_cells import Cell
+from psychocounsel.table_settings import TableSettings
 from psychocounsel.tables import read_result, to_csv
 from psychocounsel.workflow import Workflow
 
@@ -45,7 +46,7 @@ def explain(flow: Workflow, table: str, row: str, column: str, *, everything: bo
     """
     cell, run = Cell(flow, table, row, column), RecordLineage(flow, everything)
     identity = run.record(cell.path)["identity"]
-    settings = parse_settings(make_tables.TableSettings, identity["settings"])
+    settings = parse_settings(TableSettings, identity["settings"])
     again = rebuilt(cell, run, [item["path"] for item in identity["inputs"]], settings)
     if cell.x == 1 or column in ("Source", "Base", "Training data"):
         formula, under = "a name", []
@@ -60,7 +61,7 @@ def explain(flow: Workflow, table: str, row: str, column: str, *, everything: bo
     )  # line: the header is line 1 and no cell holds a line end
 
 
-def rebuilt(cell: Cell, run: RunFiles, inputs: list[str], settings: make_tables.TableSettings) -> str:
+def rebuilt(cell: Cell, run: RunFiles, inputs: list[str], settings: TableSettings) -> str:
     """Return what the cell is when the program that made the table makes it again from its inputs."""
     by_kind = defaultdict(list)
     for path in inputs:

@@ -4,8 +4,8 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from make_tables import TableSettings
 from psychocounsel.errors import UserError, nearest_or_all
+from psychocounsel.table_settings import TableSettings
 from psychocounsel.workflow import Workflow
 
 

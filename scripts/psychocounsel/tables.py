@@ -19,6 +19,7 @@ from psychocounsel.errors import UserError
 from psychocounsel.records import complaint, validator
 
 MISSING = "n/a"
+ORIENTATION = "Reported in the paper (other models; for orientation)"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Missing:
 
 
 Cell = str | Number | Missing
+NOT_REPORTED = Missing("The paper does not report it.")
 
 
 @dataclass
@@ -277,6 +279,13 @@ def escape_latex(text: str) -> str:
 def is_numeric(table: Table, column: int) -> bool:
     """Whether a column holds numbers (and so stands flush right)."""
     return any(isinstance(row.cells[column], Number) for _, row in table.rows())
+
+
+def reported_row(rows: dict[str, dict], name: str) -> dict:
+    """Return a row of one of the paper's tables; raise UserError where the settings name one that it does not have."""
+    if name not in rows:
+        raise UserError(f"--settings: reported: the paper has no row {name!r}; it has {', '.join(map(repr, rows))}")
+    return rows[name]
 
 
 FORMATS = {"csv": to_csv, "md": to_markdown, "tex": to_latex, "html": to_html}

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from make_tables import TableSettings
 from psychocounsel.data_tables import contamination_table
 from psychocounsel.errors import UserError
 from psychocounsel.near_duplicates import find_near_duplicates
 from psychocounsel.pairs import pair_record
 from psychocounsel.records import dump_records
 from psychocounsel.sampling import hash_order
+from psychocounsel.table_settings import TableSettings
 from psychocounsel.tables import read_result, to_csv
 from psychocounsel.texts import speech_id
 from report_contamination import main

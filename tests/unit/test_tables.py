@@ -12,23 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from make_tables import (
-    ORIENTATION,
     TOPIC_FROM,
-    TableSettings,
     ablation_table,
     dataset_table,
     index_win_rates,
-    length_table,
     pool_table,
     reward_model_table,
     sort_metrics,
     topic_table,
-    win_rate_table,
 )
 from psychocounsel import tables
 from psychocounsel.errors import UserError
+from psychocounsel.policy_tables import length_table, win_rate_table
 from psychocounsel.pool import Pool
-from psychocounsel.tables import FORMATS, Missing, Number, Row, Table
+from psychocounsel.table_settings import TableSettings
+from psychocounsel.tables import FORMATS, ORIENTATION, Missing, Number, Row, Table
 
 PAPER = yaml.safe_load(Path("config/paper.yaml").read_text(encoding="utf-8"))
 TAXONOMY = yaml.safe_load(Path("config/taxonomy.yaml").read_text(encoding="utf-8"))["coarse"]
