@@ -35,6 +35,7 @@ wildcard_constraints:
     source="|".join(flow.study.sources),
     model="|".join(flow.pool),
     reward_model="|".join(flow.reward_models) or "none",
+    baseline="|".join(flow.baselines) or "none",
     scorer="|".join([*flow.reward_models, *flow.baselines]) or "none",
     ranker="|".join(flow.rankers) or "none",
     policy="|".join(flow.study.policies) or "none",

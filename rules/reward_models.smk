@@ -32,11 +32,11 @@ rule train_reward_model:
 rule score_pairs:
     input:
         pairs=flow.results("05_pairs/test.jsonl"),
-        weights=flow.scorer_weights,
+        weights=flow.reward_model_weights,
     output:
-        predictions=flow.results("06_reward_models/{scorer}/predictions.jsonl"),
+        predictions=flow.results("06_reward_models/{reward_model}/predictions.jsonl"),
     log:
-        flow.logs("score_pairs/{scorer}.log"),
+        flow.logs("score_pairs/{reward_model}.log"),
     conda:
         "../envs/train.yaml"
     threads: 2
@@ -48,7 +48,7 @@ rule score_pairs:
         code=code("score_pairs"),
         weights=weights_option,
     message:
-        "{wildcards.scorer} scores the test pairs"
+        "{wildcards.reward_model} scores the test pairs"
     shell:
         "python scripts/score_pairs.py --pairs {input.pairs} {params.weights} --settings {params.settings:q}"
         " --reuse work/cache --out {output.predictions} 2> {log}"
@@ -57,17 +57,40 @@ rule score_pairs:
 use rule score_pairs as score_benchmark with:
     input:
         pairs=flow.benchmark_pairs,
-        weights=flow.scorer_weights,
+        weights=flow.reward_model_weights,
     output:
-        predictions=flow.results("06_reward_models/{scorer}/benchmark.predictions.jsonl"),
+        predictions=flow.results("06_reward_models/{reward_model}/benchmark.predictions.jsonl"),
     log:
-        flow.logs("score_benchmark/{scorer}.log"),
+        flow.logs("score_benchmark/{reward_model}.log"),
     params:
         settings=slices.score_benchmark,
         code=code("score_pairs"),
         weights=weights_option,
     message:
-        "{wildcards.scorer} scores the general benchmark"
+        "{wildcards.reward_model} scores the general benchmark"
+
+
+# A published reward model may be too large for one GPU: it is spread over as many as models.yaml says.
+
+
+use rule score_pairs as score_baseline with:
+    input:
+        pairs=flow.results("05_pairs/test.jsonl"),
+        weights=flow.baseline_weights,
+    output:
+        predictions=flow.results("06_reward_models/{baseline}/predictions.jsonl"),
+    log:
+        flow.logs("score_baseline/{baseline}.log"),
+    resources:
+        gpu=flow.baseline_gpus,
+        mem_mb=8000,
+        runtime=240,
+    params:
+        settings=slices.score_baseline,
+        code=code("score_pairs"),
+        weights=weights_option,
+    message:
+        "{wildcards.baseline} scores the test pairs"
 
 
 rule rank_pairs:
@@ -125,16 +148,16 @@ rule evaluate_rewards:
 use rule evaluate_rewards as evaluate_benchmark with:
     input:
         pairs=flow.benchmark_pairs,
-        predictions=flow.results("06_reward_models/{scorer}/benchmark.predictions.jsonl"),
+        predictions=flow.results("06_reward_models/{reward_model}/benchmark.predictions.jsonl"),
     output:
-        metrics=flow.results("06_reward_models/{scorer}/benchmark.json"),
+        metrics=flow.results("06_reward_models/{reward_model}/benchmark.json"),
     log:
-        flow.logs("evaluate_benchmark/{scorer}.log"),
+        flow.logs("evaluate_benchmark/{reward_model}.log"),
     params:
         settings=slices.evaluate_benchmark,
         code=code("evaluate_rewards"),
     message:
-        "Benchmark scores of {wildcards.scorer}"
+        "Benchmark scores of {wildcards.reward_model}"
 
 
 rule evaluate_rankings:

@@ -8,10 +8,8 @@ from psychocounsel.asking import AskSettings, add_request_arguments, ask
 from psychocounsel.chat import ChatAnswer, ChatRequest, Lazy
 from psychocounsel.models import chat_messages
 from psychocounsel.parsing import better_schema, parse_better
-from psychocounsel.prompts import render
+from psychocounsel.prompts import client_speech, render
 from psychocounsel.stage import command_line, stage
-
-SPEECH_LABEL = "Client Speech:"  # stands before the speech in the responding prompt (Box 7)
 
 
 def main() -> None:
@@ -52,13 +50,6 @@ def ranking_request(request_id: str, pair: dict, chosen_first: bool, settings: A
     prompt = render(settings.prompt, client_speech=speech, responses=texts)
     task = {"kind": "rank", "speech": speech, "responses": texts}
     return ChatRequest(id=request_id, messages=chat_messages(settings.model, prompt), task=task)
-
-
-def client_speech(prompt: list[dict]) -> str:
-    """Return the client's words from a pair's prompt: what follows the label of Box 7; the whole last turn where there is none."""
-    last = prompt[-1]["content"]
-    _, label, speech = last.partition(SPEECH_LABEL)
-    return speech.strip() if label else last
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class ModelSpec(Part):
     chat_template_kwargs: dict = {}
     serve: Serve | None = None
     reward_from: str | None = None
+    reward_reads: str = "prompt"
 
 
 def chat_messages(spec: ModelSpec, user_text: str) -> list[dict]:

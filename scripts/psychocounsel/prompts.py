@@ -4,6 +4,8 @@ from functools import cache
 
 import jinja2
 
+SPEECH_LABEL = "Client Speech:"  # stands before the speech in the responding prompt (Box 7)
+
 
 @cache
 def _template(text: str) -> jinja2.Template:
@@ -14,3 +16,10 @@ def _template(text: str) -> jinja2.Template:
 def render(template: str, **variables: object) -> str:
     """Fill a prompt template; an unknown variable raises jinja2.UndefinedError."""
     return _template(template).render(**variables).strip()
+
+
+def client_speech(prompt: list[dict]) -> str:
+    """Return the client's words from a pair's prompt: what follows the label of Box 7; the whole last turn where there is none."""
+    last = prompt[-1]["content"]
+    _, label, speech = last.partition(SPEECH_LABEL)
+    return speech.strip() if label else last

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from psychocounsel.errors import UserError
 from psychocounsel.models import ModelSpec, chat_messages
+from psychocounsel.prompts import client_speech
 from psychocounsel.stage import log
 
 transformers_logging.set_verbosity_error()
@@ -27,6 +28,9 @@ transformers_logging.disable_progress_bar()
 
 # Tokens that vocabularies reserve and no text contains, for tokenizers that name no padding token (Llama 3).
 SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]")
+
+# OpenRLHF names a reward model's head by its --value_head_prefix: value_head at first, later score, as transformers does.
+HEADS = {r"^value_head\.": "score."}
 
 
 # --- messages and tokens
@@ -46,11 +50,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, messages: list
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, prompt: list[dict], answer: list[dict]) -> list[int]:
-    """Return the token ids of a whole conversation, as a reward model reads it.
+    """Return the token ids of a whole conversation, as a reward model reads it: up to the end of the answer's turn.
 
-    A model that speaks its reward (first_token_logit) also gets the head of the turn in which it speaks.
+    A model whose reward_reads is `speech` gets the client's words alone, without the responding prompt around them.
     """
-    return chat_ids(tokenizer, spec, conversation(spec, prompt) + answer, add_generation_prompt=spec.reward_from == "first_token_logit")
+    if spec.reward_reads == "speech":
+        prompt = [*prompt[:-1], prompt[-1] | {"content": client_speech(prompt)}]
+    return chat_ids(tokenizer, spec, conversation(spec, prompt) + answer)
 
 
 def reward_rows(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, pairs: list[dict], max_length: int) -> tuple[list[dict], int]:
@@ -125,16 +131,18 @@ def load_language_model(spec: ModelSpec, weights: Path | None) -> PreTrainedMode
 
 
 def load_reward_model(spec: ModelSpec, weights: Path | None, pad_id: int) -> PreTrainedModel:
-    """Load a reward model for scoring: a sequence classifier with one output, or a causal model that speaks its reward."""
+    """Load a reward model for scoring: a sequence classifier with one output, or a causal model that speaks its reward.
+
+    Reward models of OpenRLHF are classifiers too, whose config does not say that they have one output. Raises UserError where the
+    weights lack a head or bring one with more outputs: transformers would draw a new head at random.
+    """
     if spec.reward_from == "first_token_logit":
         return load_language_model(spec, weights)
-    model, facts = load_model(AutoModelForSequenceClassification, spec, weights, output_loading_info=True, **for_reading())
-    if facts["missing_keys"]:
-        raise UserError(
-            f"{spec.name}: {weights or spec.id} is no reward model: its weights lack {', '.join(sorted(facts['missing_keys']))}"
-        )
-    if model.config.num_labels != 1:
-        raise UserError(f"{spec.name}: a reward model has one output, this one has {model.config.num_labels}")
+    options = {"num_labels": 1, "key_mapping": HEADS, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, facts = load_model(AutoModelForSequenceClassification, spec, weights, **options, **for_reading())
+    for key, fault in (("missing_keys", "lack {}"), ("mismatched_keys", "have more than one output: {}")):
+        if names := sorted(name if isinstance(name, str) else name[0] for name in facts[key]):
+            raise UserError(f"{spec.name}: {weights or spec.id} is no reward model: its weights {fault.format(', '.join(names))}")
     text_config = model.config.get_text_config()
     if text_config.pad_token_id is None:
         text_config.pad_token_id = pad_id
@@ -170,8 +178,8 @@ def rewards(model: PreTrainedModel, spec: ModelSpec, sequences: list[list[int]],
     """Return the reward of each conversation, given as token ids.
 
     A classifier's reward is its output at the last token that is no padding, as in its training. A model that speaks its reward
-    gives it as the logit of token 0 at the place of its first token (model card of nvidia/Llama-3.1-Nemotron-70B-Reward-HF:
-    `scores[0][0][0]` of one generated token).
+    gives it as the logit of token 0 at the place after the conversation (model card of nvidia/Llama-3.1-Nemotron-70B-Reward-HF:
+    one token is generated after the messages, without the head of a further turn, and `scores[0][0][0]` is the reward).
     """
 
     def read(chunk: list[list[int]]) -> list[float]:

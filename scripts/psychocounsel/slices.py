@@ -248,19 +248,22 @@ class Slices:
 
     @settings
     def score_pairs(self, wildcards) -> dict:
-        """A reward model that scores the test pairs."""
-        return self._scorer(wildcards.scorer)
+        """A reward model of ours that scores the test pairs."""
+        return self._our_scorer(wildcards.reward_model)
 
     @settings
     def score_benchmark(self, wildcards) -> dict:
-        """A reward model that scores the pairs of the general benchmark."""
-        return self._scorer(wildcards.scorer)
+        """A reward model of ours that scores the pairs of the general benchmark."""
+        return self._our_scorer(wildcards.reward_model)
 
-    def _scorer(self, name: str) -> dict:
-        """A reward model: ours, by its base, or a published one."""
-        ours = self.study.reward_models.get(name)
-        spec = self.spec(ours["base"], reward_from="classifier") if ours else self.spec(name)
+    def _our_scorer(self, name: str) -> dict:
+        spec = self.spec(self.study.reward_models[name]["base"], reward_from="classifier")
         return dict(model=spec, seed=self.config["seed"], **self._scoring())
+
+    @settings
+    def score_baseline(self, wildcards) -> dict:
+        """A published reward model that scores the test pairs."""
+        return dict(model=self.spec(wildcards.baseline), seed=self.config["seed"], **self._scoring())
 
     @settings
     def rank_pairs(self, wildcards) -> dict:
@@ -286,7 +289,7 @@ class Slices:
     @settings
     def evaluate_benchmark(self, wildcards) -> dict:
         """Metrics of a reward model on the general benchmark, by its sections."""
-        return self._evaluation(wildcards.scorer, benchmark=True)
+        return self._evaluation(wildcards.reward_model, benchmark=True)
 
     @settings
     def evaluate_rankings(self, wildcards) -> dict:

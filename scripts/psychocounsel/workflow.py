@@ -234,11 +234,17 @@ class Workflow:
         """Local weights of a reward model's base."""
         return self.weights(self.study.reward_models[wildcards.reward_model]["base"])
 
-    def scorer_weights(self, wildcards) -> list[str]:
-        """The manifest of a reward model that scores pairs; nothing for one of the Hub."""
-        if wildcards.scorer in self.study.reward_models:
-            return [self.reward_model(wildcards.scorer)]
-        return self.weights(wildcards.scorer)
+    def reward_model_weights(self, wildcards) -> list[str]:
+        """The manifest of a reward model of ours that scores pairs."""
+        return [self.reward_model(wildcards.reward_model)]
+
+    def baseline_weights(self, wildcards) -> list[str]:
+        """Local weights of a published reward model; nothing for one of the Hub."""
+        return self.weights(wildcards.baseline)
+
+    def baseline_gpus(self, wildcards) -> int:
+        """GPUs over which a published reward model is spread."""
+        return self.study.models[wildcards.baseline]["serve"]["tensor_parallel"]
 
     def reward_model(self, name: str) -> str:
         """The manifest of a reward model of ours."""

@@ -293,13 +293,17 @@ def test_the_reward_is_read_at_the_last_token(classifier, tokenizer, conversatio
 
 
 def test_a_spoken_reward_is_the_logit_of_token_0_at_the_first_place(data, tokenizer):
+    """Against the model card of nvidia/Llama-3.1-Nemotron-70B-Reward-HF: one token generated after the conversation, without the head
+    of a further turn; its score of token 0 is the reward."""
     spec = SPEC.model_copy(update={"reward_from": "first_token_logit"})
     model = rewards.load_reward_model(spec, data / "base", tokenizer.pad_token_id)
-    sequences = [rewards.answer_ids(tokenizer, spec, pair["prompt"], pair["chosen"]) for pair in map(toy_pair, range(5))]
-    assert all(tokenizer.decode(ids).endswith("<|im_end|>\n<|im_start|>assistant\n") for ids in sequences)
+    pairs = [toy_pair(n) for n in range(5)]
+    sequences = [rewards.answer_ids(tokenizer, spec, pair["prompt"], pair["chosen"]) for pair in pairs]
     by_the_card = []
-    for ids in sequences:
-        answer = model.generate(torch.tensor([ids]), max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_scores=True)
+    for pair in pairs:
+        messages = rewards.conversation(spec, pair["prompt"]) + pair["chosen"]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_tensors="pt", return_dict=True)
+        answer = model.generate(**ids, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_scores=True)
         by_the_card.append(answer["scores"][0][0][0].item())
     assert rewards.rewards(model, spec, sequences, tokenizer.pad_token_id, 4) == pytest.approx(by_the_card, abs=1e-4)
 

@@ -56,9 +56,12 @@ def calls(flow: Workflow) -> list[tuple[str, str]]:
     found += [("read_preferences", slices.read_preferences(w(source=source))) for source in flow.general_preferences]
     found += [("generate_responses", slices.generate_responses(w(model=model))) for model in flow.pool]
     found += [("train_reward_model", slices.train_reward_model(w(reward_model=name))) for name in flow.reward_models]
-    for scorer in [*flow.reward_models, *flow.baselines]:
-        found += [("score_pairs", slices.score_pairs(w(scorer=scorer))), ("evaluate_rewards", slices.evaluate_rewards(w(scorer=scorer)))]
-        found.append(("evaluate_rewards", slices.evaluate_benchmark(w(scorer=scorer))))
+    for name in flow.reward_models:
+        where = w(reward_model=name)
+        found += [("score_pairs", slices.score_pairs(where)), ("score_pairs", slices.score_benchmark(where))]
+        found.append(("evaluate_rewards", slices.evaluate_benchmark(where)))
+    found += [("score_pairs", slices.score_baseline(w(baseline=name))) for name in flow.baselines]
+    found += [("evaluate_rewards", slices.evaluate_rewards(w(scorer=name))) for name in [*flow.reward_models, *flow.baselines]]
     for ranker in flow.rankers:
         found += [("rank_pairs", slices.rank_pairs(w(ranker=ranker))), ("evaluate_rewards", slices.evaluate_rankings(w(ranker=ranker)))]
     for policy in flow.trained_policies:
