@@ -51,7 +51,7 @@ def main() -> None:
         from transformers import AutoModelForCausalLM
         from trl import DPOConfig
 
-        from psychocounsel import rewards, training
+        from psychocounsel import rewards, trainers, training
 
         spec, recipe, seed = run.settings.model, run.settings.recipe, run.settings.seed
         pairs = [pair for path in run.args.pairs for pair in run.read(path, "pair")]
@@ -64,20 +64,24 @@ def main() -> None:
             raise UserError(f"every prompt fills the recipe's max_length of {recipe.max_length} tokens; raise it")
         steps = optimizer_steps(recipe, len(rows))
         kept_after = checkpoint_steps(steps, run.settings.checkpoints)
-        order = training_order([row["pair_id"] for row in rows], [longest(row) for row in rows], steps, recipe.batch_size, seed)
+        shared = trainers.shares_start(rewards.load_config(spec, weights), recipe.max_length)
+        lengths = [trainers.line_lengths(row, shared) for row in rows]
+        order = training_order([row["pair_id"] for row in rows], [max(pair) for pair in lengths], steps, recipe.batch_size, seed)
         dropped = {"prompt fills max_length": len(pairs) - len(rows), "not reached in max_steps": len(rows) - len(set(order))}
         run.account("pairs", len(pairs), len(set(order)), dropped)
         run.note(cut_pairs=cut, checkpoint_steps=kept_after)
+        training.note_padding(run, lengths, order)
 
         options = training.arguments(run, steps)
         work = training.Work(run.args.resume_dir, training.identity(run), models=run.settings.checkpoints)
         if not work.finished():
             config = DPOConfig(**options, max_length=recipe.max_length, beta=recipe.beta, loss_type=["sigmoid"])
             model, frozen = (training.start_model(AutoModelForCausalLM, spec, folder, seed) for folder in (weights, reference))
-            dataset = training.ordered(rows, order)
-            trainer = training.TokenisedDPOTrainer(
-                model=model, ref_model=frozen, args=config, train_dataset=dataset, processing_class=tokenizer
+            used, dataset = training.in_order(rows, order)
+            trainer = trainers.PolicyTrainer(
+                rows=used, shared=shared, model=model, ref_model=frozen, args=config, train_dataset=dataset, processing_class=tokenizer
             )
+            del frozen  # the trainer reads it once and lets it go
             # A policy that is still its own reference tells no answer from another: -log sigmoid(0).
             training.train(trainer, work, kept_after, first_loss=math.log(2) if same_model(weights, reference) else None)
         training.first_process_only()
@@ -87,11 +91,6 @@ def main() -> None:
             listed.append({"checkpoint": number, "step": step, "manifest_sha256": file_sha256(folder / "manifest.json")})
         run.write_json(run.args.out, listed)
         run.write_json(run.args.log, work.entries())
-
-
-def longest(row: dict) -> int:
-    """Return the length of a pair's longer conversation, in tokens."""
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def same_model(one: Path | None, other: Path | None) -> bool:

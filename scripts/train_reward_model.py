@@ -43,9 +43,9 @@ def main() -> None:
         if run.adopts(inputs, [run.args.out, run.args.log]):
             return
         from transformers import AutoModelForSequenceClassification
-        from trl import RewardConfig, RewardTrainer
+        from trl import RewardConfig
 
-        from psychocounsel import rewards, training
+        from psychocounsel import rewards, trainers, training
 
         spec, recipe, seed = run.settings.model, run.settings.recipe, run.settings.seed
         pairs = [pair for path in run.args.pairs for pair in run.read(path, "pair")]
@@ -55,26 +55,27 @@ def main() -> None:
         tokenizer = rewards.load_tokenizer(spec, weights)
         rows, cut = rewards.reward_rows(tokenizer, spec, pairs, recipe.max_length)
         steps = optimizer_steps(recipe, len(rows))
-        order = training_order([row["pair_id"] for row in rows], [longest(row) for row in rows], steps, recipe.batch_size, seed)
+        shared = trainers.shares_start(rewards.load_config(spec, weights), recipe.max_length)
+        lengths = [trainers.line_lengths(row, shared) for row in rows]
+        order = training_order([row["pair_id"] for row in rows], [max(pair) for pair in lengths], steps, recipe.batch_size, seed)
         run.account("pairs", len(pairs), len(set(order)), {"not reached in max_steps": len(rows) - len(set(order))})
         run.note(cut_conversations=cut)
+        training.note_padding(run, lengths, order)
 
         options = training.arguments(run, steps)
         work = training.Work(run.args.resume_dir, training.identity(run), models=1)
         if not work.finished():
             config = RewardConfig(**options, max_length=None)  # the rows are cut to length; trl would leave out the long ones
             model = training.start_model(AutoModelForSequenceClassification, spec, weights, seed, num_labels=1)
-            trainer = RewardTrainer(model=model, args=config, train_dataset=training.ordered(rows, order), processing_class=tokenizer)
+            _, dataset = training.in_order(rows, order)
+            trainer = trainers.RewardModelTrainer(
+                shared=shared, model=model, args=config, train_dataset=dataset, processing_class=tokenizer
+            )
             training.train(trainer, work, [steps])
             del model, trainer
         training.first_process_only()
         link_model(work.models[0], run.output_model(run.args.out))
         run.write_json(run.args.log, [*work.entries(), dev_entry(work.models[0], spec, recipe, dev)])
-
-
-def longest(row: dict) -> int:
-    """Return the length of a pair's longer conversation, in tokens."""
-    return max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def dev_entry(model_folder: Path, spec: ModelSpec, recipe: Recipe, dev: list[dict]) -> dict:

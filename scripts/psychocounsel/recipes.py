@@ -81,7 +81,7 @@ def training_order(pair_ids: list[str], lengths: list[int], steps: int, batch_si
 
     Each pass is a seeded hash order, so the order depends neither on the file's nor on the number of devices, and a last batch
     that is not full is filled from a further pass: every step sees the whole batch and no pair is left out. Within a batch
-    the longest stand first: pairs of like length share a padded batch, and the gradient of the step is the same.
+    the longest stand first: pairs of like length are padded together, and the gradient of the step is the same.
     """
     order: list[int] = []
     passes = 0
@@ -90,6 +90,24 @@ def training_order(pair_ids: list[str], lengths: list[int], steps: int, batch_si
         passes += 1
     batches = (order[start : start + batch_size] for start in range(0, steps * batch_size, batch_size))
     return [place for batch in batches for place in sorted(batch, key=lambda i: (-lengths[i], pair_ids[i]))]
+
+
+def micro_batches(order: list[int], size: int) -> list[list[int]]:
+    """Return the places in batches of `size` that a device holds at once."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def tokens_and_padding(lengths: list[list[int]], order: list[int], size: int) -> tuple[int, int]:
+    """Return how many tokens a training in this order reads in batches of `size` pairs, and how many places of padding beside them.
+
+    `lengths` holds the lengths of the lines of each pair; a batch is padded to its longest line.
+    """
+    tokens = places = 0
+    for batch in micro_batches(order, size):
+        lines = [length for place in batch for length in lengths[place]]
+        tokens += sum(lines)
+        places += len(lines) * max(lines)
+    return tokens, places - tokens
 
 
 def checkpoint_steps(steps: int, checkpoints: int) -> list[int]:

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -154,9 +155,14 @@ def for_reading() -> dict:
     return {"dtype": "auto", "device_map": "auto"} if torch.cuda.is_available() else {"dtype": torch.float32}
 
 
+def load_config(spec: ModelSpec, weights: Path | None) -> PretrainedConfig:
+    """Load the configuration of a model, of its text model where it has several."""
+    return loaded(AutoConfig, spec, weights).get_text_config()
+
+
 def load_model(kind: type, spec: ModelSpec, weights: Path | None, **options: object):
     """Load a model with the attention that it needs: the default one leaves out the capped logits of Gemma 2."""
-    capped = getattr(loaded(AutoConfig, spec, weights).get_text_config(), "attn_logit_softcapping", None)
+    capped = getattr(load_config(spec, weights), "attn_logit_softcapping", None)
     return loaded(kind, spec, weights, **({"attn_implementation": "eager"} if capped else {}), **options)
 
 

@@ -19,15 +19,15 @@ import orjson
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import DPOTrainer
 
 from psychocounsel import rewards
 from psychocounsel.errors import UserError
 from psychocounsel.fingerprint import code_fingerprint
 from psychocounsel.models import ModelSpec
-from psychocounsel.recipes import accumulation, deepspeed_files
+from psychocounsel.recipes import accumulation, deepspeed_files, tokens_and_padding
 from psychocounsel.records import check_manifest, content_hash, file_sha256, write_manifest
 from psychocounsel.stage import Stage, log
+from psychocounsel.trainers import PolicyTrainer
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # between trl and transformers, whose versions are pinned
 huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # trl would report the kind of model and machine
@@ -43,7 +43,7 @@ class Work:
     def __init__(self, folder: Path, identity: str, models: int) -> None:
         self.folder, self.identity = folder, identity
         self.models = [folder / f"model-{k}" for k in range(1, models + 1)]
-        self.log, self.name = folder / "log.json", folder / "identity.txt"
+        self.log, self.name, self.reference = folder / "log.json", folder / "identity.txt", folder / "reference.json"
 
     def prepare(self) -> None:
         """Lock the folder and make it ready; remove what another identity left there."""
@@ -55,6 +55,7 @@ class Work:
             log.info("%s: of a training with other settings, inputs or code; removed", leftover)
             shutil.rmtree(leftover)
         self.log.unlink(missing_ok=True)
+        self.reference.unlink(missing_ok=True)
         self.name.write_text(self.identity)
 
     def _lock(self) -> None:
@@ -158,6 +159,7 @@ def arguments(run: Stage, steps: int) -> dict:
         "ddp_find_unused_parameters": False,  # there are none; looking for them costs time at every step
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
         "save_strategy": "steps",
         "save_steps": recipe.save_steps,
         "save_total_limit": 2,  # the newest may be torn by the kill that makes it needed
@@ -169,22 +171,25 @@ def arguments(run: Stage, steps: int) -> dict:
     }
 
 
-def ordered(rows: list[dict], order: list[int]) -> datasets.Dataset:
-    """Return tokenised pairs as a data set in training order."""
-    return datasets.Dataset.from_list(rows).select(order)
+def in_order(rows: list[dict], order: list[int]) -> tuple[list[dict], datasets.Dataset]:
+    """Return the pairs that training reaches, each with its place among them as `pair`, and the data set in training order."""
+    reached = {place: number for number, place in enumerate(sorted(set(order)))}
+    used = [rows[place] | {"pair": number} for place, number in reached.items()]
+    return used, datasets.Dataset.from_list(used).select([reached[place] for place in order])
+
+
+def note_padding(run: Stage, lengths: list[list[int]], order: list[int]) -> None:
+    """Note how many tokens the training reads, and which share of its places is padding; `lengths` as in tokens_and_padding."""
+    tokens, padding = tokens_and_padding(lengths, order, run.settings.recipe.per_device_batch_size)
+    share = padding / (tokens + padding)
+    run.note(tokens_read=tokens, padding_share=round(share, 4))
+    log.info("%d pairs, %d tokens; %.1f %% of the places that the model reads are padding", len(order), tokens, 100 * share)
 
 
 def start_model(kind: type, spec: ModelSpec, weights: Path | None, seed: int, **options: object):
     """Load a model to train, in float32: bf16 is for the arithmetic, weights in it would lose small steps. `seed` draws a new head."""
     torch.manual_seed(seed)
     return rewards.load_model(kind, spec, weights, dtype=torch.float32, **options)
-
-
-class TokenisedDPOTrainer(DPOTrainer):
-    """DPO over pairs that are tokens already, as all programs see them (rewards.pair_ids); trl would tokenise them once more."""
-
-    def _prepare_dataset(self, dataset: datasets.Dataset, *_: object) -> datasets.Dataset:
-        return dataset
 
 
 def train(trainer: Trainer, work: Work, steps_of_models: list[int], first_loss: float | None = None) -> None:
@@ -204,6 +209,8 @@ def train(trainer: Trainer, work: Work, steps_of_models: list[int], first_loss: 
         checkpoint = work.newest_checkpoint(steps_of_models)
     before = signal.signal(signal.SIGTERM, watch.note_signal)
     try:
+        if isinstance(trainer, PolicyTrainer):
+            trainer.read_reference(work.reference)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         signal.signal(signal.SIGTERM, before)
