@@ -91,6 +91,11 @@ def gpus_option(wildcards, input, resources):
     return f"--gpus {gpus}" if gpus else ""
 
 
+def chance_option(wildcards, input):
+    """--stop-at-chance where the config says so: a guard, on which no result depends."""
+    return "--stop-at-chance" if config["reward_evaluation"]["stop_at_chance"] else ""
+
+
 def recorded_option(wildcards, input):
     """--recorded for a pool model whose answers the user has in a file."""
     return f"--recorded {input.recorded}" if input.recorded else ""

@@ -59,6 +59,7 @@ rule rank_samples:
         speeches=f"{ROUND}/speeches.jsonl",
         samples=f"{ROUND}/samples.jsonl",
         reward_model=flow.ranking_reward_model,
+        metrics=ancient(flow.ranking_metrics),  # must be there; the samples' ranks do not follow from it
     output:
         pairs=f"{ROUND}/pairs.jsonl",
         rewards=f"{ROUND}/rewards.jsonl",
@@ -75,11 +76,12 @@ rule rank_samples:
     params:
         settings=slices.rank_samples,
         code=code("rank_samples"),
+        chance=chance_option,
     message:
         "Rank the samples of {wildcards.policy}, iteration {wildcards.iteration}, by reward"
     shell:
         "python scripts/rank_samples.py --speeches {input.speeches} --samples {input.samples} --reward-weights {input.reward_model}"
-        " --settings {params.settings:q} --reuse work/cache"
+        " --metrics {input.metrics} {params.chance} --settings {params.settings:q} --reuse work/cache"
         " --pairs {output.pairs} --rewards {output.rewards} --dropped {output.dropped} 2> {log}"
 
 

@@ -62,7 +62,7 @@ def main() -> None:
             "sections": benchmark(right, pairs, run.settings.sections) if run.settings.sections else None,
         }
         if result["at_chance"]:
-            log.warning("%s is not shown to rank better than chance: the interval of its accuracy contains 0.5", run.settings.name)
+            log.warning("%s is not shown to rank better than chance: the interval of its accuracy reaches down to 0.5", run.settings.name)
         run.write_json(run.args.out, validator("metrics")(result))
 
 

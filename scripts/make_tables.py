@@ -21,11 +21,13 @@ from psychocounsel.data_tables import (
     pairs_table,
 )
 from psychocounsel.errors import UserError
-from psychocounsel.policy_tables import length_table, win_rate_table
+from psychocounsel.policy_tables import doubts, length_table, win_rate_table
 from psychocounsel.pool import CHOSEN, REJECTED, RESPONSES, SCORE, Pool, splits
+from psychocounsel.records import read_result
 from psychocounsel.stage import command_line, dropped_by_reason, stage
 from psychocounsel.table_settings import Ablation, TableSettings
 from psychocounsel.tables import (
+    AT_CHANCE,
     FORMATS,
     NOT_REPORTED,
     ORIENTATION,
@@ -36,11 +38,11 @@ from psychocounsel.tables import (
     Table,
     count,
     number,
-    read_result,
     reported_row,
 )  # fmt: skip
 
 OF_SCORES = ("dataset", "pool", "model_groups", "pairs", "judge_consistency", "judge_positions")  # tables that name who scored
+OF_POLICIES = ("win_rates", "lengths")  # tables whose rows begin with a policy
 UNANSWERED = "no usable answer of the model"
 PERSONAL_DATA = {"email": "e-mail addresses", "phone": "telephone numbers", "url": "web addresses"}
 TOPIC_FROM = "Where the topic is from"
@@ -122,7 +124,11 @@ def all_tables(
         win_rate_table(rates, speeches, topics, paper["win_rates"], settings),
         length_table(rates, settings),
     ]
+    doubted = doubts(on_test_pairs, settings)
     for table in tables:
+        if table.name in OF_POLICIES:
+            for _, row in table.rows():
+                row.notes += [doubted[row.cells[0]]] if row.cells[0] in doubted and row.cells[1] != "paper" else []
         table.notes += [settings.ratings.note()] if table.name in OF_SCORES else []
         table.notes += [settings.note] if settings.note else []
     return tables
@@ -313,9 +319,7 @@ def reward_model_row(title: str, result: dict | None) -> Row:
     no_temperature = (
         undefined if result["kind"] == "ranker" else "No temperature fits: every pair is ranked right, or the margins are wrong on average."
     )
-    notes = []
-    if result["at_chance"]:
-        notes.append("Not shown to rank better than chance: the interval of its accuracy contains 50 %.")
+    notes = [AT_CHANCE] if result["at_chance"] else []
     if orders := result["orders"]:
         first = 100 * orders["first_share"]["value"]
         notes.append(f"Ranked in both orders, right in one of them counts half; {first:.1f} % of its answers name the answer shown first.")
@@ -365,7 +369,7 @@ def ablation_row(entry: Ablation, result: dict | None, benchmark: dict | None) -
         if result is None
         else [number(result["accuracy"], "", 1, 100), *(number(result[m], "Undefined.") for m in ("auc", "brier", "ece"))]
     )
-    overall, notes = Missing("RewardBench was not run for this model."), []
+    overall, notes = Missing("RewardBench was not run for this model."), [AT_CHANCE] if result and result["at_chance"] else []
     if benchmark:
         overall = Number(100 * benchmark["sections"]["overall"], 1)
         if benchmark["sections"]["missing"]:

@@ -29,8 +29,8 @@ from psychocounsel.config import load_registry
 from psychocounsel.data_tables import pair_facts
 from psychocounsel.errors import UserError
 from psychocounsel.pool import CANDIDATES, ENGLISH, SIDES, Pool, SizeClass, by_language, splits
+from psychocounsel.records import read_result
 from psychocounsel.stage import Settings, Stage, command_line, stage
-from psychocounsel.tables import read_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,9 @@
 """Make one iteration's preference pairs: the best against the worst of a policy's answers by the reward model (paper, section 4.2).
 
-Each speech has several sampled answers. A speech whose answers are all alike, or all get the same reward, makes no pair.
+Each speech has several sampled answers; an empty one is a failure of sampling, not an answer. A speech without two answers, or
+whose answers are all alike or all get the same reward, makes no pair and is counted with its reason.
+
+A reward model that is not shown to rank better than chance (--metrics) stops the program with --stop-at-chance, else it is told.
 
     python scripts/rank_samples.py --speeches speeches.jsonl --samples samples.jsonl --reward-weights reward/manifest.json \\
         --pairs pairs.jsonl --rewards rewards.jsonl --dropped dropped.jsonl --settings '{"model": {...}, "prompt": "…", …}'
@@ -11,11 +14,13 @@ from pathlib import Path
 
 from pydantic import Field
 
+from psychocounsel import provenance
 from psychocounsel.errors import UserError
 from psychocounsel.models import ModelSpec
 from psychocounsel.pairs import pair_record
 from psychocounsel.prompts import render
-from psychocounsel.stage import Settings, add_reuse_argument, command_line, dropped_by_reason, stage
+from psychocounsel.records import read_result
+from psychocounsel.stage import Settings, add_reuse_argument, command_line, dropped_by_reason, log, stage
 
 
 class RankSettings(Settings):
@@ -34,12 +39,16 @@ def main() -> None:
     parser.add_argument("--speeches", required=True, type=Path, help="speech records of this iteration")
     parser.add_argument("--samples", required=True, type=Path, help="response records, several a speech")
     parser.add_argument("--reward-weights", required=True, type=Path, help="manifest of the reward model")
+    parser.add_argument("--metrics", type=Path, help="metrics of the reward model on the test pairs: no pair depends on them")
+    parser.add_argument("--stop-at-chance", action="store_true", help="stop where the reward model ranks at chance by --metrics")
     parser.add_argument("--pairs", required=True, type=Path, help="pair records")
     parser.add_argument("--rewards", required=True, type=Path, help="reward records of all samples")
     parser.add_argument("--dropped", required=True, type=Path, help="speeches without a pair, with the reason")
     add_reuse_argument(parser)
     with stage(parser) as run:
         args = run.args
+        if args.metrics:
+            check_ranking(args.metrics, args.stop_at_chance)
         if run.adopts([args.speeches, args.samples, args.reward_weights], [args.pairs, args.rewards, args.dropped]):
             return
         speeches = run.read(run.args.speeches, "speech")
@@ -75,6 +84,27 @@ def main() -> None:
         run.write(run.args.dropped, dropped, "dropped_row", sort_by="detail")
 
 
+def check_ranking(metrics: Path, stop: bool) -> None:
+    """Warn of a reward model that ranks at chance, or raise UserError."""
+    provenance.used(metrics)  # the file is the one that its record tells of
+    result = read_result(metrics, "metrics")
+    if not result["at_chance"]:
+        return
+    accuracy = result["accuracy"]
+    finding = (
+        f"the reward model {result['name']} is not shown to rank better than chance: accuracy {accuracy['value']:.3f}, 95 % interval"
+        f" [{accuracy['low']:.3f}, {accuracy['high']:.3f}] on {result['n']:,} test pairs ({metrics})"
+    )
+    if not stop:
+        log.warning("%s; policies are trained on its rewards nevertheless (reward_evaluation.stop_at_chance: false)", finding)
+        return
+    raise UserError(
+        f"{finding}. No policy is trained on its rewards. See in {metrics.with_name('training.json')} whether its loss fell below"
+        " ln 2 = 0.693 (else change its recipe), and whether there are enough pairs in 05_pairs, test pairs too: few leave a wide interval."
+        " To go on all the same, set reward_evaluation.stop_at_chance to false; the tables will flag what was trained on it."
+    )
+
+
 def score_samples(run, samples: list[dict], prompts: dict[str, list[dict]]) -> dict[str, float]:
     """Return the reward of each sample by its response id; the same answer to the same speech is read once."""
     from psychocounsel.rewards import answer_ids, fit_end, load_reward_model, load_tokenizer, rewards
@@ -92,8 +122,10 @@ def score_samples(run, samples: list[dict], prompts: dict[str, list[dict]]) -> d
 
 def no_pair(samples: list[dict], reward_of: dict[str, float]) -> str | None:
     """Say why a speech's samples make no pair, or None where they make one."""
+    if len(samples) < 2:
+        return "one answer alone" if samples else "no answer: all were empty or failed"
     if len({sample["text"] for sample in samples}) < 2:
-        return "fewer than two distinct answers"
+        return "all answers equal"
     if len({reward_of[sample["response_id"]] for sample in samples}) < 2:
         return "all rewards equal"
     return None

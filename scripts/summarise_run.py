@@ -17,6 +17,7 @@ class SummarySettings(Settings):
     title: str = Field(description="heading")
     note: str | None = Field(None, description="what the figures do not mean")
     titles: dict[str, str] = Field({}, description="name of a model or policy -> its title")
+    ranked_by: dict[str, str] = Field({}, description="policy -> the reward model on whose rewards it was trained")
     opponent: str = Field(description="title of the opponent")
     judge: str = Field(description="title of the judge of the answers")
     places: dict[str, str] = Field({}, description="what -> where it lies")
@@ -43,6 +44,7 @@ def main() -> None:
         if win_rates:
             lines += ["", f"win rate against {settings.opponent}, judged by {settings.judge}"]
             lines += map(aligned, (row for rates in win_rates for row in win_rate_rows(rates, settings.titles)))
+            lines += doubts(settings, {m["name"] for m in metrics if m["at_chance"]}, {rates["policy"] for rates in win_rates})
         lines += ["", *(f"{what:<9} {where}" for what, where in settings.places.items())]
         run.write_text(run.args.out, "\n".join(lines + (["", settings.note] if settings.note else [])) + "\n")
 
@@ -65,6 +67,15 @@ def win_rate_rows(rates: dict, titles: dict[str, str]) -> list[tuple[str, str, s
     return [
         (title, percent(protocol["overall"], "win_rate"), f"{protocol['overall']['n']} speeches, protocol {name}")
         for name, protocol in rates["protocols"].items()
+    ]
+
+
+def doubts(settings: SummarySettings, at_chance: set[str], policies: set[str]) -> list[str]:
+    """Return a line for each policy that was trained on the rewards of a model at chance."""
+    return [
+        f"  {settings.titles.get(policy, policy)} was trained on rewards that are not shown to rank better than chance"
+        for policy, reward_model in settings.ranked_by.items()
+        if reward_model in at_chance and policy in policies
     ]
 
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from psychocounsel.records import read_result
 from psychocounsel.stage import Settings, command_line, stage
-from psychocounsel.tables import read_result
 from psychocounsel.templates import load_template, template_paths
 
 
@@ -28,6 +28,7 @@ class Model(BaseModel):
     method: str
     data: str
     recipe: dict
+    ranked_by: str | None = None  # the reward model on whose rewards a policy was trained
 
 
 class CardSettings(Settings):
@@ -36,7 +37,7 @@ class CardSettings(Settings):
     labels: str = Field(description='how the preference labels came about: "made by …"')
     judge_of_answers: str = Field(description="title of the judge of the win rates")
     opponent: str = Field(description="title of the opponent")
-    models: list[Model] = Field(description="[{name, title, kind, base, base_id, licence, method, data, recipe}]: trained models")
+    models: list[Model] = Field(description="[{name, title, kind, base, base_id, licence, method, data, recipe, ranked_by}]: models")
     note: str | None = Field(None, description="a sentence at the head of every card")
 
 
@@ -54,8 +55,10 @@ def main() -> None:
         win_rates = [read_result(run.uses(file), "win_rates") for file in args.win_rates]
         ethics = load_template("ethics.md").render()
         for model in settings.models:
+            on_test_pairs = {m["name"]: m for m in metrics if not m["sections"]}
             results = {
-                "metrics": next((m for m in metrics if m["name"] == model.name and not m["sections"]), None),
+                "metrics": on_test_pairs.get(model.name),
+                "ranked_by": on_test_pairs.get(model.ranked_by),
                 "win_rates": [w for w in win_rates if w["policy"] == model.name],
             }
             card = load_template("model_card.md").render(settings=settings, model=model, ethics=ethics, **results)

@@ -12,10 +12,11 @@ from psychocounsel import consistency, data_tables, pool
 from psychocounsel.explanation import Node
 from psychocounsel.pairs import least_total_gap
 from psychocounsel.record_lineage import RecordLineage
+from psychocounsel.records import read_result
 from psychocounsel.run_files import lines
 from psychocounsel.table_cells import Cell, named
 from psychocounsel.table_settings import TableSettings
-from psychocounsel.tables import MISSING, read_result
+from psychocounsel.tables import MISSING
 
 SPEECHES, RESPONSES = "Client speeches", "Responses and preference pairs"
 DATASET = {  # rows of the table of the data set -> formula, records that count, their sides of the split

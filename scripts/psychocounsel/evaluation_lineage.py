@@ -12,10 +12,10 @@ from psychocounsel import winrates
 from psychocounsel.explanation import Node
 from psychocounsel.policy_tables import SETTINGS, SHORT_TOPICS
 from psychocounsel.record_lineage import RecordLineage, parsed
+from psychocounsel.records import read_result
 from psychocounsel.stage import parse_settings
 from psychocounsel.table_cells import Cell, named
 from psychocounsel.table_settings import TableSettings
-from psychocounsel.tables import read_result
 
 METRICS = {  # columns of the tables of reward models -> metric, and how it is computed
     "Acc. (%)": (

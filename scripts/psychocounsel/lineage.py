@@ -14,11 +14,12 @@ from psychocounsel import data_lineage, evaluation_lineage
 from psychocounsel.config import locate
 from psychocounsel.explanation import Explanation, Node
 from psychocounsel.record_lineage import RecordLineage
+from psychocounsel.records import read_result
 from psychocounsel.run_files import RunFiles
 from psychocounsel.stage import parse_settings
 from psychocounsel.table_cells import Cell
 from psychocounsel.table_settings import TableSettings
-from psychocounsel.tables import read_result, to_csv
+from psychocounsel.tables import to_csv
 from psychocounsel.workflow import Workflow
 
 RECORDS = ("speech", "dropped_row", "failure", "unscored", "score", "pair")  # what tables are made of: kinds of records,

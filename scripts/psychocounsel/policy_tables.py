@@ -22,6 +22,15 @@ SHORT_TOPICS = {  # column heads of Table 3
 }
 
 
+def doubts(metrics: dict[str, dict], settings: TableSettings) -> dict[str, str]:
+    """Return a note on each policy, by its title, that was trained on the rewards of a model at chance on the test pairs."""
+    return {
+        settings.title(policy): f"Trained on the rewards of {settings.title(name)}, which is not shown to rank better than chance."
+        for policy, name in settings.ranked_by.items()
+        if name in metrics and metrics[name]["at_chance"]
+    }
+
+
 def win_rate_table(
     win_rates: dict[tuple[str, str], dict], speeches: list[dict], topics: dict[str, str], paper: dict, settings: TableSettings
 ) -> Table:

@@ -68,6 +68,10 @@ class Presentation:
             "principles": [(p["id"], p["name"]) for p in self.study.principles],
         }
 
+    def ranked_by(self) -> dict[str, str]:
+        """Return the reward model on whose rewards each policy is trained."""
+        return {name: self.study.policies[name]["reward_model"] for name in self.flow.iterative_policies}
+
     @settings
     def make_tables(self, wildcards) -> dict:
         """Order, groups and titles of the tables' rows."""
@@ -86,6 +90,7 @@ class Presentation:
                 {"model": name, "base": self.title(self.study.reward_models[name]["base"]), "data": self.data(name)} for name in ablation
             ],
             policies=flow.policies,
+            ranked_by=self.ranked_by(),
             opponent=self.opponent,
             judge=self.judge_of_answers,
             ratings=self.ratings(),
@@ -168,6 +173,7 @@ class Presentation:
             return {
                 "name": name, "title": self.title(name), "kind": kind, "base": base["title"], "base_id": base["id"],
                 "licence": base["licence"], "method": method, "data": data, "recipe": self.study.recipe(entry["recipe"]),
+                "ranked_by": self.ranked_by().get(name),
             }  # fmt: skip
 
         def policy(name: str) -> dict:
@@ -304,6 +310,7 @@ class Presentation:
             title=self.config["title"],
             note=self.config["note"],
             titles=self.titles([*flow.reward_models, *flow.baselines, *flow.rankers, *flow.policies]),
+            ranked_by=self.ranked_by(),
             opponent=self.opponent,
             judge=self.judge_of_answers,
             places={what: flow.results(where) for what, where in places.items()},

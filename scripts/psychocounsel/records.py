@@ -55,6 +55,16 @@ def iter_records(path: Path | str, kind: str) -> Iterator[dict]:
         raise UserError(f"{path}: no such file") from None
 
 
+def read_result(path: Path, kind: str) -> dict:
+    """Read a JSON result (metrics, win_rates) and check it against its schema."""
+    try:
+        return validator(kind)(orjson.loads(path.read_bytes()))
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise UserError(f"{path}: not a {kind} result: {complaint(error)}") from None
+
+
 def dump_records(path: Path, rows: Iterable[dict], kind: str) -> int:
     """Write records to `path` (not atomic: the stage moves finished files into place); return their number."""
     check, count = validator(kind), 0

@@ -9,16 +9,13 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 
-import orjson
-from fastjsonschema import JsonSchemaValueException
 from tabulate import tabulate
 
 from psychocounsel.errors import UserError
-from psychocounsel.records import complaint, validator
 
 MISSING = "n/a"
+AT_CHANCE = "Not shown to rank better than chance: the interval of its accuracy reaches down to 50 %."
 ORIENTATION = "Reported in the paper (other models; for orientation)"
 
 
@@ -289,13 +286,3 @@ def reported_row(rows: dict[str, dict], name: str) -> dict:
 
 
 FORMATS = {"csv": to_csv, "md": to_markdown, "tex": to_latex, "html": to_html}
-
-
-def read_result(path: Path, kind: str) -> dict:
-    """Read a JSON result (metrics, win_rates) and check it against its schema."""
-    try:
-        return validator(kind)(orjson.loads(path.read_bytes()))
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    except JsonSchemaValueException as error:
-        raise UserError(f"{path}: not a {kind} result: {complaint(error)}") from None

@@ -258,6 +258,10 @@ class Workflow:
         """The reward model that ranks a policy's samples."""
         return self.reward_model(self.study.policies[wildcards.policy]["reward_model"])
 
+    def ranking_metrics(self, wildcards) -> str:
+        """The metrics of the reward model that ranks a policy's samples."""
+        return self.results(f"06_reward_models/{self.study.policies[wildcards.policy]['reward_model']}/metrics.json")
+
     # Rounds of a policy's training; a DPO policy has one
 
     def _round(self, policy: str, iteration: int) -> str:

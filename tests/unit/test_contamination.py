@@ -12,10 +12,10 @@ from psychocounsel.data_tables import contamination_table
 from psychocounsel.errors import UserError
 from psychocounsel.near_duplicates import find_near_duplicates
 from psychocounsel.pairs import pair_record
-from psychocounsel.records import dump_records
+from psychocounsel.records import dump_records, read_result
 from psychocounsel.sampling import hash_order
 from psychocounsel.table_settings import TableSettings
-from psychocounsel.tables import read_result, to_csv
+from psychocounsel.tables import to_csv
 from psychocounsel.texts import speech_id
 from report_contamination import main
 from split_speeches import SplitSettings, split_sides

@@ -184,6 +184,7 @@ def predictions(n: int, shift: float) -> list[dict]:
 def test_a_model_at_chance_is_flagged():
     assert reward_model_metrics(predictions(200, 0.0), PLAIN)["at_chance"]
     assert not reward_model_metrics(predictions(200, 2.0), PLAIN)["at_chance"]
+    assert reward_model_metrics(predictions(200, -2.0), PLAIN)["at_chance"], "worse than a coin is no better than one"
 
 
 def test_order_of_predictions_changes_nothing():

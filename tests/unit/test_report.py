@@ -329,6 +329,40 @@ def test_cards_have_a_valid_header_and_carry_the_facts(run, tmp_path):
         assert words in text
 
 
+def test_a_reward_model_at_chance_is_told_on_the_card_of_what_it_trained_and_in_the_summary(run, tmp_path):
+    half = {"value": 0.5, "low": 0.4, "high": 0.6}
+    coin = {"name": "coin", "pairs": 9, "n": 9, "kind": "reward_model", "speeches": 9, "accuracy": half, "at_chance": True, "ties": 0}
+    coin |= dict.fromkeys(("accuracy_ties_half", "auc", "ece", "brier", "nll"), half) | {
+        "temperature": None,
+        "orders": None,
+        "sections": None,
+    }
+    (tmp_path / "coin.json").write_text(json.dumps(coin))
+    words = ["--reward-metrics", tmp_path / "coin.json", "--win-rates", run / "wins.json"]
+    settings = card_settings()
+    settings["models"] += [{**settings["models"][0], "name": "q", "ranked_by": "coin"}]
+    succeed("write_cards", *words, "--out-dir", tmp_path, **settings)
+    flag = (
+        "The reward model that ranked its samples is not shown to rank better than chance** (accuracy 0.500 [0.400, 0.600] on 9 test pairs)"
+    )
+    assert [flag in (tmp_path / f"{name}.md").read_text() for name in "pq"] == [False, True]
+    inputs = ["--speeches", run / "speeches.jsonl", "--pairs", run / "pairs.jsonl", *words]
+    for ranked_by, told in (({"p": "coin"}, True), ({"p": "fine"}, False)):
+        succeed(
+            "summarise_run",
+            *inputs,
+            "--out",
+            tmp_path / "s.txt",
+            title="T",
+            opponent="O",
+            judge="J",
+            titles={"p": "P"},
+            ranked_by=ranked_by,
+        )
+        text = (tmp_path / "s.txt").read_text()
+        assert ("P was trained on rewards that are not shown to rank better than chance" in text) is told
+
+
 def test_times_and_intervals_are_shown_as_people_say_them():
     assert [duration(s) for s in (0.4, 99, 120, 7200)] == ["0 s", "99 s", "2 min", "2.0 h"]
     assert interval({"value": 0.5, "low": 0.25, "high": 0.75}) == "0.500 [0.250, 0.750]"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from make_tables import (
     TOPIC_FROM,
     ablation_table,
+    all_tables,
     dataset_table,
     index_win_rates,
     pool_table,
@@ -190,6 +191,23 @@ def test_chance_position_bias_and_missing_calibration_are_told():
     assert "Not shown to rank better than chance" in text
     assert "61.0 % of its answers name the answer shown first" in text
     assert "A ranker gives no probability." in text
+
+
+def test_a_reward_model_at_chance_is_flagged_in_every_table_that_it_bears_on():
+    options = settings(
+        reward_models=[{"title": "Ours", "models": ["coin"]}],
+        ablation=[{"model": "coin", "base": "B", "data": "D"}],
+        policies=["iterated", "offline"],
+        ranked_by={"iterated": "coin"},
+        titles={"coin": "Coin"},
+        reported={"policies": {"iterated": "Llama3-3B"}},
+    )
+    rates = [win_rates(policy, setting) for policy in options.policies for setting in ("free", "length")]
+    made = all_tables([], [], [], [], [], [], [], [metrics("coin", at_chance=True)], rates, [], TAXONOMY, PAPER, options)
+    flagged = {(table.name, row.cells[0]) for table in made for _, row in table.rows() if any("better than chance" in n for n in row.notes)}
+    assert flagged == {("reward_models", "Coin"), ("reward_ablation", "B"), ("win_rates", "iterated"), ("lengths", "iterated")}
+    rows = [row for table in made for _, row in table.rows() if table.name == "win_rates" and row.cells[0] == "iterated"]
+    assert [bool(row.notes) for row in rows if row.cells[1] == "paper"] == [False, False], "the paper's figures are not ours"
 
 
 def test_benchmark_results_are_told_apart_from_test_results():

@@ -596,7 +596,38 @@ def test_rank_samples_takes_the_best_against_the_worst(reward_model, tmp_path):
         assert pair["chosen_model"] == pair["rejected_model"] == "p"
         assert pair["prompt"][0]["content"].startswith("Answer the client.\n\nClient Speech: I feel bad")
     dropped = read_records(out["dropped"], "dropped_row")
-    assert {row["detail"]: row["reason"] for row in dropped} == {an_id("speech", n): "fewer than two distinct answers" for n in (4, 5)}
+    reasons = {an_id("speech", 4): "all answers equal", an_id("speech", 5): "no answer: all were empty or failed"}
+    assert {row["detail"]: row["reason"] for row in dropped} == reasons
+
+
+def test_a_reward_model_at_chance_stops_what_would_train_on_it(reward_model, data, tmp_path, capsys, caplog):
+    """By the programs: half of the pairs name the other answer the better one, so that no model can rank them."""
+    pairs = [toy_pair(n, "test") for n in range(200, 240)]
+    for pair in pairs[::2]:
+        pair.update(chosen=pair["rejected"], rejected=pair["chosen"])
+    dump_records(tmp_path / "test.jsonl", pairs, "pair")
+    weights, predictions, metrics = reward_model / "model/manifest.json", tmp_path / "predictions.jsonl", tmp_path / "metrics.json"
+    scoring = {"model": SPEC.model_dump(), "max_length": 320, "batch_size": 4}
+    assert program("score_pairs", pairs=tmp_path / "test.jsonl", weights=weights, out=predictions, settings={**scoring, "seed": 1}) == 0
+    evaluation = {"name": "coin", "bootstrap": 100, "seed": 1}
+    assert program("evaluate_rewards", pairs=tmp_path / "test.jsonl", predictions=predictions, out=metrics, settings=evaluation) == 0
+    assert json.loads(metrics.read_text())["at_chance"]
+
+    dump_records(tmp_path / "speeches.jsonl", [a_speech(1)], "speech")
+    dump_records(tmp_path / "samples.jsonl", [a_sample(1, i, text) for i, text in enumerate(("I hear you.", "You must stop."))], "response")
+    ranking = {
+        "speeches": tmp_path / "speeches.jsonl", "samples": tmp_path / "samples.jsonl", "reward_weights": weights, "metrics": metrics,
+        **{key: tmp_path / f"{key}.jsonl" for key in ("pairs", "rewards", "dropped")},
+        "settings": {**scoring, "prompt": PROMPT, "policy": "p"},
+    }  # fmt: skip
+    capsys.readouterr()
+    assert program("rank_samples", **ranking, stop_at_chance=[]) == 1
+    told = capsys.readouterr().err
+    for words in ("the reward model coin", "0.500", "on 40 test pairs", str(metrics), "reward_evaluation.stop_at_chance to false"):
+        assert words in told
+    assert not (tmp_path / "pairs.jsonl").exists()
+    assert program("rank_samples", **ranking) == 0
+    assert "trained on its rewards nevertheless" in caplog.text
 
 
 def test_samples_with_one_reward_make_no_pair():
@@ -605,6 +636,7 @@ def test_samples_with_one_reward_make_no_pair():
     one, other = (sample["response_id"] for sample in two)
     assert rank_samples.no_pair(two, {one: 0.5, other: 0.5}) == "all rewards equal"
     assert rank_samples.no_pair(two, {one: 0.5, other: 0.4}) is None
+    assert rank_samples.no_pair(two[:1], {one: 0.5}) == "one answer alone"
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=8))

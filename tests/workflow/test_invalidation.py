@@ -258,6 +258,8 @@ MATRIX = [
         "score_pairs rank_samples select_checkpoint",
         {"train_reward_model": 0},
     ),
+    ("the resamples of a reward model's metrics", study(reward_evaluation={"bootstrap": 60}), "evaluate_rewards evaluate_rankings", {}),
+    ("whether a reward model at chance stops the run", study(reward_evaluation={"stop_at_chance": True}), "", {}),
     ("a table deleted", delete("10_tables/win_rates.csv"), "make_tables", {"make_tables": 1}),
     # Snakemake makes a file again when something that reruns needs it; that it is missing, `audit.py verify` says before.
     ("an output deleted that nothing needs", delete("04_ratings/scores.jsonl"), "", {}),
