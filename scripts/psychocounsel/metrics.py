@@ -135,9 +135,10 @@ def benchmark_scores(right: dict[str, list[bool]], sections: dict[str, dict[str,
 
     "For all the subsets except for Reasoning, we perform per-prompt weighted averaging across all the prompts in the
     subset to get the section score. For Reasoning, we increase the weight of the PRM-Math subset so code and math
-    abilities are weighed equally" (data set card of allenai/reward-bench; Lambert et al. 2024, arXiv 2403.13787). The
-    overall score is the mean of the sections; the Prior Sets, which they dropped later, are left out. `sections` holds
-    each subset's weight. A subset without pairs counts in no section and is listed; so is a section without subsets.
+    abilities are weighed equally" (data set card of allenai/reward-bench; Lambert et al. 2024, arXiv 2403.13787; in their
+    code calculate_scores_per_section). The overall score is the mean of the sections; the Prior Sets, which they dropped
+    later, are left out. `sections` holds each subset's weight (config/paper.yaml). A tie of rewards is wrong, as in their
+    code. A subset without pairs counts in no section and is listed; so is a section without subsets, which they score 0.
     """
     subsets = {name: {"accuracy": float(np.mean(verdicts)), "n": len(verdicts)} for name, verdicts in sorted(right.items())}
     scores = {}

@@ -79,12 +79,13 @@ class Slices:
     def read_preferences(self, wildcards) -> dict:
         """The adapter of a file of preferences; the dev share is that of our speeches, and so is the prompt of a published pair."""
         entry = self.study.sources[wildcards.source]
+        holds_speeches = entry["adapter"] == "pairs_psychocounsel"
         return dict(
             source=wildcards.source,
             adapter=entry["adapter"],
             columns=entry.get("columns"),
             split=entry.get("split"),
-            prompt=self.study.prompt(self.config["responses"]["prompt"]),
+            prompt=self.study.prompt(self.config["responses"]["prompt"]) if holds_speeches else None,
             dev_fraction=self.config["split"]["dev_fraction"],
             seed=self.split_seed,
         )

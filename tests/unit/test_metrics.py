@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, SciPy and naive loops; the bootstrap against direct resampling; the program on files."""
+"""Metrics against scikit-learn, torchmetrics, SciPy and naive loops; the bootstrap against direct resampling; the program on files."""
 
 import json
 import subprocess
@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
+from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
 from evaluate_rewards import EvaluationSettings, both_orders, ranker_metrics, reward_model_metrics
 from psychocounsel import metrics
@@ -46,6 +48,16 @@ def test_equals_scikit_learn():
     assert metrics.brier(margins, ones) == pytest.approx(brier_score_loss(labels, first_better))
     assert metrics.negative_log_likelihood(margins, ones) == pytest.approx(log_loss(labels, first_better))
     assert metrics.accuracy(margins, ones) == pytest.approx(np.mean((first_better > 0.5) == labels))
+
+
+@pytest.mark.parametrize("bins", [1, 5, 10, 15])
+@pytest.mark.parametrize("shift", [-1.0, 0.0, 3.0])
+def test_equals_torchmetrics(bins, shift):
+    _, labels, first_better = sample(500, shift, seed=bins)
+    p, y, ones = torch.tensor(first_better), torch.tensor(labels, dtype=torch.int64), np.ones(500)
+    theirs = binary_calibration_error(p, y, n_bins=bins, norm="l1").item()
+    assert metrics.expected_calibration_error(first_better, labels, ones, bins) == pytest.approx(theirs, abs=1e-6)
+    assert metrics.auc(first_better, labels, ones) == pytest.approx(binary_auroc(p, y).item(), abs=1e-6)
 
 
 @given(PROBABILITIES, st.randoms(use_true_random=False))

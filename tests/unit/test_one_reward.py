@@ -32,6 +32,7 @@ from test_training import (  # noqa: F401 (fixtures)
     toy_pair,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 DATED = SPEC.model_copy(update={"chat_template_kwargs": {"date_string": "26 Jul 2024"}})
 
 
