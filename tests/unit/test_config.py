@@ -31,7 +31,10 @@ def test_the_paper_config_is_the_paper(tmp_path):
     config = study_of(tmp_path, "{}").config
     assert len(config["responses"]["pool"]) == len(set(config["responses"]["pool"])) == 20
     assert config["split"]["test_speeches"] == 3291
-    assert {p["base"] for p in config["policies"]} == {"llama-3.2-3b-instruct", "llama-3.1-8b-instruct"}
+    theirs = "published-psychocounsel-llama3-8b"
+    assert {p["base"] for p in config["policies"]} == {"llama-3.2-3b-instruct", "llama-3.1-8b-instruct", theirs}
+    assert [p["method"] for p in config["policies"] if p["base"] == theirs] == ["none"]
+    assert f"{theirs}-reward" in config["reward_evaluation"]["baselines"]
     iterative = [p for p in config["policies"] if p["name"].endswith("dpo-iter")]
     assert all(p["iterations"] * p["speeches_per_iteration"] == 1600 * 64 for p in iterative)
 

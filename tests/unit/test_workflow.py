@@ -216,3 +216,24 @@ def test_a_model_is_spread_over_the_gpus_that_its_job_asks_for():
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (asked,) = re.findall(r"generate_responses\.py .*", shown)
     assert " --gpus 4 " in asked
+
+
+def test_a_published_reward_model_is_given_the_gpus_that_hold_it():
+    gpus = {"llama-3.1-nemotron-70b-reward": 4, "published-psychocounsel-llama3-8b-reward": 1}
+    targets = [f"results/{load([]).run}/06_reward_models/{model}/predictions.jsonl" for model in gpus]
+    command = [sys.executable, "scripts/plan_run.py", "--json", "--profile", "slurm", *targets]
+    planned = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    hours = {job["wildcards"]["baseline"]: job["needs"]["GPU_hours"] for job in planned["jobs"] if job["rule"] == "score_baseline"}
+    assert hours == {model: {"value": 4 * count, "meant": "at most"} for model, count in gpus.items()}  # a job has four hours
+
+
+def test_tables_tell_the_published_models_from_ours():
+    """The authors' reward model and policy stand beside those of the run, each with the paper's row, under titles that differ."""
+    settings = json.loads(Presentation(load([])).make_tables(Wildcards()))
+    for kind, ours, theirs in (
+        ("reward_models", "psychocounsel-llama3-8b-reward", "published-psychocounsel-llama3-8b-reward"),
+        ("policies", "llama3-8b-dpo-iter", "llama3-8b-published"),
+    ):
+        assert settings["reported"][kind][ours] == settings["reported"][kind][theirs]
+        assert settings["titles"][theirs].endswith("(published)")
+        assert not settings["titles"][ours].endswith("(published)")
