@@ -11,7 +11,7 @@ from psychocounsel.presentation import Presentation
 from psychocounsel.site import requested_gpus
 from psychocounsel.slices import Slices
 from psychocounsel.workflow import Workflow as StudyWorkflow  # these names live in Snakemake's own module, which has a Workflow
-from psychocounsel.workflow import code
+from psychocounsel.workflow import SECOND_JUDGE, code
 
 # Snakemake lists the files of the command line before the one that they override; the later of ours wins.
 overriding = workflow.overwrite_configfiles

@@ -143,6 +143,26 @@ rule compute_win_rates:
         " --answers {input.answers} --opponent {input.opponent} --settings {params.settings:q} --out {output.win_rates} 2> {log}"
 
 
+rule compare_policies:
+    input:
+        speeches=flow.results("02_speeches/speeches.jsonl"),
+        judgements=flow.judgements(),
+    output:
+        differences=flow.results("09_judgements/differences.json"),
+    log:
+        flow.logs("compare_policies.log"),
+    conda:
+        "../envs/data.yaml"
+    params:
+        settings=slices.compare_policies,
+        code=code("compare_policies"),
+    message:
+        "Compare policies with each other, paired by speech"
+    shell:
+        "python scripts/compare_policies.py --speeches {input.speeches} --judgements {input.judgements}"
+        " --settings {params.settings:q} --out {output.differences} 2> {log}"
+
+
 # Figure 4: every checkpoint of the listed policies, in the free setting, on a stratified part of the test speeches.
 
 
@@ -248,3 +268,80 @@ use rule compute_win_rates as compute_checkpoint_win_rate with:
         code=code("compute_win_rates"),
     message:
         "Win rate of checkpoint {wildcards.checkpoint} of {wildcards.policy}"
+
+
+# A second judge, where the config names one: the same answers, or those to a stratified part of the test speeches.
+
+
+if len(flow.judges_of_answers) > 1:
+
+    use rule sample_test_speeches as sample_judged_again with:
+        output:
+            speeches=flow.results("09_judgements/second_judge/speeches.jsonl"),
+        log:
+            flow.logs("sample_judged_again.log"),
+        params:
+            settings=slices.sample_judged_again,
+            code=code("sample_prompts"),
+        message:
+            "Draw the test speeches that the second judge sees"
+
+    use rule judge_answers as judge_again with:
+        input:
+            speeches=flow.results("09_judgements/second_judge/speeches.jsonl"),
+            answers=flow.results("08_answers/{policy}/{setting}.jsonl"),
+            opponent=flow.results("08_answers/opponent.jsonl"),
+            weights=flow.weights(flow.judges_of_answers[1]),
+        output:
+            answers=flow.results("09_judgements/second_judge/{policy}/{setting}.answers.jsonl"),
+            failed=flow.results("09_judgements/second_judge/{policy}/{setting}.answers.failed.jsonl"),
+        log:
+            flow.logs("judge_again/{policy}.{setting}.log"),
+        resources:
+            remote=flow.remote_slots(flow.judges_of_answers[1]),
+            gpu=flow.gpus(flow.judges_of_answers[1]),
+            mem_mb=8000,
+            runtime=720,
+        params:
+            settings=slices.judge_again,
+            code=code("judge_answers"),
+            endpoints=endpoints_file,
+            gpus=gpus_option,
+            money=money_options,
+            weights=weights_option,
+            journal=flow.work("journal/judgements/second_judge/{policy}.{setting}.jsonl"),
+        message:
+            "A second judge compares {wildcards.policy} with the opponent, setting {wildcards.setting}, both orders"
+
+    use rule parse_judgements as parse_judged_again with:
+        input:
+            answers=flow.results("09_judgements/second_judge/{policy}/{setting}.answers.jsonl"),
+        output:
+            judgements=flow.results("09_judgements/second_judge/{policy}/{setting}.jsonl"),
+            failed=flow.results("09_judgements/second_judge/{policy}/{setting}.failed.jsonl"),
+        log:
+            flow.logs("parse_judged_again/{policy}.{setting}.log"),
+        params:
+            settings=slices.parse_judged_again,
+            code=code("parse_judgements"),
+        message:
+            "Parse the second judge's comparisons of {wildcards.policy}, setting {wildcards.setting}"
+
+    rule compare_judges:
+        input:
+            judgements=flow.judgements(),
+            second=flow.judgements(SECOND_JUDGE),
+        output:
+            agreement=flow.results("09_judgements/second_judge/agreement.json"),
+        log:
+            flow.logs("compare_judges.log"),
+        conda:
+            "../envs/data.yaml"
+        params:
+            settings=slices.compare_judges,
+            code=code("compare_judges"),
+        message:
+            "How far do the two judges agree?"
+        shell:
+            "python scripts/compare_judges.py --judgements {input.judgements} --second {input.second}"
+            " --settings {params.settings:q} --out {output.agreement} 2> {log}"

@@ -1,20 +1,5 @@
 # Tables, figures, cards and the report: every figure of the paper beside the measured one.
 
-TABLES = [
-    "dataset",
-    "topics",
-    "pool",
-    "model_groups",
-    "pairs",
-    "judge_consistency",
-    "judge_positions",
-    "contamination",
-    "reward_models",
-    "reward_ablation",
-    "win_rates",
-    "lengths",
-]
-
 
 rule make_tables:
     input:
@@ -28,10 +13,12 @@ rule make_tables:
         metrics=[*flow.scorers_with_metrics(), *flow.benchmark_metrics()],
         win_rates=flow.win_rates(),
         contamination=flow.results("05_pairs/contamination.json"),
+        differences=flow.differences(),
+        agreement=flow.agreement_of_judges(),
         taxonomy=config["files"]["taxonomy"],
         paper=config["files"]["paper"],
     output:
-        html=expand(flow.results("10_tables/{table}.html"), table=TABLES),
+        html=expand(flow.results("10_tables/{table}.html"), table=pages.tables()),
         csv=[
             report(
                 flow.results(f"10_tables/{table}.csv"),
@@ -39,10 +26,10 @@ rule make_tables:
                 category="Tables",
                 labels={"table": table},
             )
-            for table in TABLES
+            for table in pages.tables()
         ],
-        markdown=expand(flow.results("10_tables/{table}.md"), table=TABLES),
-        latex=expand(flow.results("10_tables/{table}.tex"), table=TABLES),
+        markdown=expand(flow.results("10_tables/{table}.md"), table=pages.tables()),
+        latex=expand(flow.results("10_tables/{table}.tex"), table=pages.tables()),
     log:
         flow.logs("make_tables.log"),
     conda:
@@ -50,6 +37,7 @@ rule make_tables:
     params:
         settings=pages.make_tables,
         code=code("make_tables"),
+        options=pages.table_options(),
         folder=output_folder,
     message:
         "Make the tables"
@@ -57,7 +45,7 @@ rule make_tables:
         "python scripts/make_tables.py --speeches {input.speeches} --dropped {input.dropped} --unanswered {input.unanswered}"
         " --unscored {input.unscored} --scores {input.scores} --pairs {input.pairs} --judge {input.judge}"
         " --reward-metrics {input.metrics} --win-rates {input.win_rates}"
-        " --contamination {input.contamination}"
+        " --contamination {input.contamination} {params.options}"
         " --taxonomy {input.taxonomy} --paper {input.paper} --settings {params.settings:q} --out-dir {params.folder} 2> {log}"
 
 
@@ -126,7 +114,7 @@ rule write_cards:
 
 rule write_report:
     input:
-        tables=expand(flow.results("10_tables/{table}.html"), table=TABLES),
+        tables=expand(flow.results("10_tables/{table}.html"), table=pages.tables()),
         figures=expand(flow.results("11_figures/{figure}.svg"), figure=pages.figures()),
         cards=expand(flow.results("12_cards/{name}.md"), name=pages.carded_models()),
         release=flow.results("13_release/README.md"),

@@ -2,7 +2,8 @@
 
 Two protocols side by side: "paper" takes one order of each comparison by a seeded coin and counts wins, "robust" takes
 both orders and counts a disagreement or a tie half. Both overall and by coarse topic, with n and 95 % bootstrap intervals
-over speeches; beside them the length-controlled win rate, the judge's order effects, and how well a length constraint was kept.
+over speeches; beside them the length-controlled win rate, the judge's order effects, how well a length constraint was kept,
+and the win rate on each principle where the judge was asked about one at a time.
 A test speech counts where both orders were judged; the others are counted as dropped.
 """
 
@@ -11,6 +12,7 @@ from collections import Counter
 from pydantic import Field
 
 from psychocounsel import winrates
+from psychocounsel.comparisons import kind_of
 from psychocounsel.errors import UserError
 from psychocounsel.records import validator
 from psychocounsel.stage import Settings, command_line, stage
@@ -39,11 +41,16 @@ def main() -> None:
             speech["speech_id"]: speech["coarse_topic"] for speech in run.read(run.args.speeches, "speech") if speech["split"] == "test"
         }
         judgements = run.read(run.args.judgements, "judgement")
-        opponent_name, judge = check_judgements(judgements, settings, run.args.judgements)
+        kind = kind_of(judgements, run.args.judgements)
+        if (kind["policy"], kind["setting"]) != (settings.policy, settings.setting):
+            found = f"{kind['policy']!r} in setting {kind['setting']!r}"
+            raise UserError(
+                f"{run.args.judgements}: judgements of {found}; expected those of {settings.policy!r} in setting {settings.setting!r}"
+            )
         verdicts = winrates.verdicts_by_speech(judgements)
         if foreign := sorted(verdicts.keys() - topic_of.keys()):
             raise UserError(f"{run.args.judgements}: speech {foreign[0]} is no test speech of {run.args.speeches}")
-        judged = {speech: orders for speech, orders in sorted(verdicts.items()) if len(orders) == 2}
+        judged = winrates.judged_twice(verdicts)
         if not judged:
             raise UserError(f"{run.args.judgements}: no speech was judged in both orders, so there is nothing to count")
         dropped = {"not judged": len(topic_of) - len(verdicts), "judged in one order only": len(verdicts) - len(judged)}
@@ -51,34 +58,18 @@ def main() -> None:
         answers = by_speech(run.read(run.args.answers, "response"), judged, run.args.answers)
         opponent = by_speech(run.read(run.args.opponent, "response"), judged, run.args.opponent)
         characters = {speech: (len(answers[speech]["text"]), len(opponent[speech]["text"])) for speech in judged}
-        robust = winrates.robust_scores(judged)
-        protocols = {"paper": winrates.paper_scores(judged, settings.seed), "robust": robust}
+        scores = {protocol: score(judged) for protocol, score in winrates.protocols(settings.seed).items()}
         result = {
-            "policy": settings.policy,
-            "opponent": opponent_name,
-            "setting": settings.setting,
-            "judge": judge,
+            **kind,
             "protocols": {
-                name: winrates.win_rates(scores, topic_of, settings.bootstrap, settings.seed) for name, scores in protocols.items()
+                protocol: winrates.win_rates(points, topic_of, settings.bootstrap, settings.seed) for protocol, points in scores.items()
             },
+            "principles": winrates.principle_rates(judgements, judged, topic_of, settings.bootstrap, settings.seed),
             "orders": winrates.order_effects(judged),
-            "length_controlled": winrates.length_controlled(robust, characters, settings.bootstrap, settings.seed),
+            "length_controlled": winrates.length_controlled(scores["robust"], characters, settings.bootstrap, settings.seed),
             "lengths": winrates.answer_lengths(answers, opponent),
         }
         run.write_json(run.args.out, validator("win_rates")(result))
-
-
-def check_judgements(judgements: list[dict], settings: WinRateSettings, file: str) -> tuple[str, str]:
-    """Return (opponent, judge); raise UserError where judgements of another policy or setting, or two of one order, are mixed in."""
-    if not judgements:
-        raise UserError(f"{file}: no judgements")
-    kinds = Counter((row["policy"], row["setting"], row["opponent"], row["judge"]) for row in judgements)
-    if len(kinds) > 1 or next(iter(kinds))[:2] != (settings.policy, settings.setting):
-        raise UserError(f"{file}: expected judgements of {settings.policy!r} in setting {settings.setting!r} alone, found {sorted(kinds)}")
-    (speech, first), count = Counter((row["speech_id"], row["policy_first"]) for row in judgements).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{file}: speech {speech} was judged {count} times with policy_first={first}; one judgement an order is expected")
-    return next(iter(kinds))[2:]
 
 
 def by_speech(responses: list[dict], judged: dict, file: str) -> dict[str, dict]:

@@ -3,9 +3,10 @@
 dataset (section 3), topics (Table 5), pool (Table 6), model_groups and pairs (section 3.3), judge_consistency and
 judge_positions (how steady the judge of the responses is), contamination (near duplicates of what is tested on),
 reward_models (Table 1), reward_ablation (Table 2), win_rates (Table 3), and lengths (answer lengths and order effects behind
-Table 3). A row of the paper stands under the row of the model that the settings map to it; the paper's other rows stand apart,
-at the end. A cell without a value is "n/a" with a footnote that says why. Inputs that a run does not have (no speeches where
-it starts at pairs) are left out.
+Table 3); where there is such, win_rate_differences (between policies), win_rate_principles (of a judge that was asked about
+one principle at a time) and judge_agreement (of two judges of the answers). A row of the paper stands under the row of the
+model that the settings map to it; the paper's other rows stand apart, at the end. A cell without a value is "n/a" with a
+footnote that says why. Inputs that a run does not have (no speeches where it starts at pairs) are left out.
 """
 
 from collections import Counter
@@ -21,7 +22,7 @@ from psychocounsel.data_tables import (
     pairs_table,
 )
 from psychocounsel.errors import UserError
-from psychocounsel.policy_tables import doubts, length_table, win_rate_table
+from psychocounsel.policy_tables import agreement_table, difference_table, doubts, length_table, principle_table, win_rate_table
 from psychocounsel.pool import CHOSEN, REJECTED, RESPONSES, SCORE, Pool, splits
 from psychocounsel.records import read_result
 from psychocounsel.stage import command_line, dropped_by_reason, stage
@@ -41,8 +42,11 @@ from psychocounsel.tables import (
     reported_row,
 )  # fmt: skip
 
-OF_SCORES = ("dataset", "pool", "model_groups", "pairs", "judge_consistency", "judge_positions")  # tables that name who scored
-OF_POLICIES = ("win_rates", "lengths")  # tables whose rows begin with a policy
+OF_SCORES = (  # tables that name who scored the responses, or labelled the pairs by these scores
+    "dataset", "pool", "model_groups", "pairs", "judge_consistency", "judge_positions", "reward_models", "reward_ablation",
+)  # fmt: skip
+# tables whose rows begin with a policy, or with one minus another
+OF_POLICIES = ("win_rates", "lengths", "win_rate_differences", "win_rate_principles", "judge_agreement")
 UNANSWERED = "no usable answer of the model"
 PERSONAL_DATA = {"email": "e-mail addresses", "phone": "telephone numbers", "url": "web addresses"}
 TOPIC_FROM = "Where the topic is from"
@@ -61,6 +65,8 @@ def main() -> None:
     parser.add_argument("--judge", nargs="*", default=[], help="assessment of the judge of the responses")
     parser.add_argument("--reward-metrics", nargs="*", default=[], help="metrics of reward models and rankers, RewardBench's among them")
     parser.add_argument("--win-rates", nargs="*", default=[], help="win rates of policies")
+    parser.add_argument("--differences", nargs="*", default=[], help="differences between policies")
+    parser.add_argument("--agreement", nargs="*", default=[], help="agreement of two judges of the answers")
     parser.add_argument("--contamination", nargs="*", default=[], help="report of near duplicates")
     parser.add_argument("--taxonomy", required=True, help="config/taxonomy.yaml")
     parser.add_argument("--paper", required=True, help="config/paper.yaml: the figures that the paper reports")
@@ -77,11 +83,13 @@ def main() -> None:
         metrics = [read_result(run.uses(file), "metrics") for file in args.reward_metrics]
         win_rates = [read_result(run.uses(file), "win_rates") for file in args.win_rates]
         contamination = [read_result(run.uses(file), "contamination") for file in args.contamination]
+        differences = [read_result(run.uses(file), "differences") for file in args.differences]
+        agreement = [read_result(run.uses(file), "agreement") for file in args.agreement]
         taxonomy = load_registry([run.uses(args.taxonomy)], "taxonomy")["coarse"]
         paper = load_registry([run.uses(args.paper)], "paper")
-        tables = all_tables(
-            speeches, dropped, unanswered, unscored, scores, pairs, judge, metrics, win_rates, contamination, taxonomy, paper, settings
-        )
+        records = (speeches, dropped, unanswered, unscored, scores, pairs)
+        results = (judge, metrics, win_rates, contamination, differences, agreement)
+        tables = all_tables(*records, *results, taxonomy, paper, settings)
         for table in tables:
             for ending, render in FORMATS.items():
                 run.write_text(Path(args.out_dir) / f"{table.name}.{ending}", render(table))
@@ -99,6 +107,8 @@ def all_tables(
     metrics: list[dict],
     win_rates: list[dict],
     contamination: list[dict],
+    differences: list[dict],
+    agreement: list[dict],
     taxonomy: dict,
     paper: dict,
     settings: TableSettings,
@@ -124,11 +134,18 @@ def all_tables(
         win_rate_table(rates, speeches, topics, paper["win_rates"], settings),
         length_table(rates, settings),
     ]
+    optional = [
+        difference_table(differences[0] if differences else None, topics, paper["win_rates"], settings),
+        principle_table(rates, settings),
+        agreement_table(agreement[0] if agreement else None, settings),
+    ]
+    tables += [table for table in optional if table.groups]
     doubted = doubts(on_test_pairs, settings)
     for table in tables:
         if table.name in OF_POLICIES:
             for _, row in table.rows():
-                row.notes += [doubted[row.cells[0]]] if row.cells[0] in doubted and row.cells[1] != "paper" else []
+                policies = row.cells[0].split(" minus ") if row.cells[1] != "paper" else []
+                row.notes += [doubted[policy] for policy in policies if policy in doubted]
         table.notes += [settings.ratings.note()] if table.name in OF_SCORES else []
         table.notes += [settings.note] if settings.note else []
     return tables

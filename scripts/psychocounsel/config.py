@@ -301,7 +301,7 @@ def reference_errors(study: Study) -> Iterator[str]:
             config["ratings"]["judge"],
             *config["reward_evaluation"]["rankers"],
         ]
-        asked += [config["evaluation"]["opponent"], config["evaluation"]["judge"]]
+        asked += [config["evaluation"][role] for role in ("opponent", "judge", "second_judge")]
         for name in dict.fromkeys(name for name in asked if name in chat):
             model = study.models[name]
             if not model.get("price") and is_remote(study.endpoints.get(model["endpoint"], {}).get("kind")):
@@ -338,6 +338,13 @@ def reference_errors(study: Study) -> Iterator[str]:
     evaluation = config["evaluation"]
     yield from unknown(("evaluation", "opponent"), evaluation["opponent"], "chat model", chat)
     yield from unknown(("evaluation", "judge"), evaluation["judge"], "chat model", chat)
+    if second := evaluation["second_judge"]:
+        yield from unknown(("evaluation", "second_judge"), second, "chat model", chat)
+        if second == evaluation["judge"]:
+            yield (
+                f"{locate(('evaluation', 'second_judge'), files)}: evaluation.second_judge is the judge itself ({second}); "
+                "name another model, or null."
+            )
     yield from unknown_each(("evaluation", "policies"), evaluation["policies"], "policy", list(study.policies))
     trained = [name for name, policy in study.policies.items() if policy["method"] != "none"]
     yield from unknown_each(("evaluation", "checkpoints"), evaluation["checkpoints"], "trained policy", trained)
@@ -346,7 +353,8 @@ def reference_errors(study: Study) -> Iterator[str]:
     prompts = sorted(p.stem for p in Path(config["files"]["prompts"]).glob("*.jinja"))
     for path in (
         ("topics", "prompt"), ("responses", "prompt"), ("ratings", "prompt"), ("ratings", "together_prompt"),
-        ("reward_evaluation", "ranker_prompt"), ("evaluation", "prompt"), ("evaluation", "length_prompt"),
+        ("reward_evaluation", "ranker_prompt"), ("evaluation", "prompt"), ("evaluation", "one_by_one_prompt"),
+        ("evaluation", "length_prompt"),
     ):  # fmt: skip
         yield from unknown(path, config[path[0]][path[1]], f"prompt in {config['files']['prompts']}", prompts)
     for key in ("reward_models", "policies"):

@@ -6,12 +6,13 @@ speeches: of confusion matrices, of differences, of labels.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 from scipy.stats import friedmanchisquare
 
-from psychocounsel.metrics import resampled_sums, with_interval
+from psychocounsel.metrics import cohen_kappa, known, resampled_sums, with_interval
 
 SCORES = np.arange(1, 6)
 APART = np.abs(SCORES[:, None] - SCORES)  # [first score, second score]
@@ -118,7 +119,7 @@ def self_consistency(first: Ratings, second: Ratings, principles: list[str], lea
     measures = {
         "equal": (lambda c: c.trace(axis1=-2, axis2=-1) / known(c.sum((-2, -1))), 0),
         "difference": (lambda c: (c * APART).sum((-2, -1)) / known(c.sum((-2, -1))), 0),
-        "kappa": (quadratic_kappa, 0),
+        "kappa": (partial(cohen_kappa, costs=APART**2), 0),
         "earlier_minus_later": (lambda m: m[..., 0] / known(m[..., 1]), 1),
     }
     shares = {name: estimates(lambda found: found / known(found.sum(-1, keepdims=True)), 2, k) for k, name in enumerate(LABELS)}
@@ -169,18 +170,6 @@ def label_changes(first: Ratings, second: Ratings, index: np.ndarray, speeches: 
                 same = after * np.sign(before)
                 found[speech, 0 if same >= least else 1 if same >= 0 else 2] += 1
     return found
-
-
-def quadratic_kappa(confusion: np.ndarray) -> np.ndarray:
-    """Return Cohen's kappa with quadratic weights of [..., 5, 5]; NaN where one of the raters, or both, gave a single score throughout."""
-    n = known(confusion.sum((-2, -1)))
-    expected = confusion.sum(-1)[..., :, None] * confusion.sum(-2)[..., None, :] / n[..., None, None]
-    return 1 - (confusion * APART**2).sum((-2, -1)) / known((expected * APART**2).sum((-2, -1)))
-
-
-def known(divisor: np.ndarray) -> np.ndarray:
-    """Return a divisor with NaN for 0, so that a quotient without cases is undefined."""
-    return np.where(divisor == 0, np.nan, divisor)
 
 
 def finite(value: float) -> float | None:

@@ -16,6 +16,7 @@ STAGES = {  # rules that ask models, in their order -> how they are printed
     "answer_speeches": "Answers of the policies",
     "answer_checkpoint": "Answers of checkpoints",
     "judge_answers": "Judgements",
+    "judge_again": "Judgements, by the second judge",
     "judge_checkpoint": "Judgements of checkpoints",
 }
 NO_PRICE = Missing("No list price: served by ourselves, at the price of GPU hours, or computed here.")

@@ -61,10 +61,9 @@ def requests_of(job, makers: dict) -> Count:
         return times(speeches(job.option("--speeches"), None, makers), 1, AT_MOST)  # those that the source labels are not asked about
     if job.program == "rate_responses":
         rated, sample = speeches(job.option("--speeches"), None, makers), job.settings.get("sample")
-        rated = Count(min(rated.value, sample or rated.value), rated.meant)
-        return times(rated, len(job.settings["principles"]) if job.settings["protocol"] == "one_by_one" else 1)
+        return times(Count(min(rated.value, sample or rated.value), rated.meant), calls(job))
     if job.program == "judge_answers":
-        return times(speeches(job.option("--speeches"), "test", makers), 2)
+        return times(speeches(job.option("--speeches"), "test", makers), 2 * calls(job))
     if job.program == "rank_pairs":
         return times(pairs(job.option("--pairs"), makers), 2)
     asked = (
@@ -73,6 +72,11 @@ def requests_of(job, makers: dict) -> Count:
         else speeches(job.option("--speeches"), job.option("--split"), makers)
     )
     return times(asked, job.settings.get("samples", 1) * (2 if job.option("--length-of") else 1))
+
+
+def calls(job) -> int:
+    """Return how often a judge is asked about the same: once, or about one principle at a time."""
+    return len(job.settings["principles"]) if job.settings["protocol"] == "one_by_one" else 1
 
 
 def speeches(path: str, split: str | None, makers: dict) -> Count:

@@ -1,17 +1,14 @@
-"""What stands behind the cells of the tables of reward models and policies: predictions or rankings, and judgements.
+"""What stands behind the cells of the tables of reward models: predictions or rankings.
 
-A function a table: from a cell to its formula in words and the nodes under it. Metrics and win rates are computed again from
-single verdicts, by the programs that computed them.
+A function a table: from a cell to its formula in words and the nodes under it. Metrics are computed again from single
+verdicts, by the program that computed them.
 """
 
 from pathlib import Path
 
 import evaluate_rewards
-import parse_judgements
-from psychocounsel import winrates
 from psychocounsel.explanation import Node
-from psychocounsel.policy_tables import SETTINGS, SHORT_TOPICS
-from psychocounsel.record_lineage import RecordLineage, parsed
+from psychocounsel.record_lineage import RecordLineage
 from psychocounsel.records import read_result
 from psychocounsel.stage import parse_settings
 from psychocounsel.table_cells import Cell, named
@@ -28,20 +25,6 @@ METRICS = {  # columns of the tables of reward models -> metric, and how it is c
     "NLL": ("nll", "mean of -log sigmoid(reward of chosen - reward of rejected) over the pairs"),
     "Temperature": ("temperature", "the T > 0 for which the margins divided by T have the least NLL"),
     "Pairs": ("n", "number of pairs with a usable verdict"),
-}
-PROTOCOLS = {  # sources of a row of win rates -> protocol, formula
-    "one order": ("paper", "100 x share of speeches won in the one order that a seeded coin picks"),
-    "both orders": ("robust", "100 x mean over speeches of 1 (won in both orders), 0 (lost in both), 0.5 (they disagree)"),
-}
-LENGTHS = {  # columns of the table of lengths -> formula
-    "Win rate (%)": PROTOCOLS["both orders"][1],
-    "At equal length (%)": "100 x sigmoid(a) of the fit log-odds(win) = a + b tanh(d / sd(d)), d their difference in characters",
-    "Words": "mean number of words of the policy's answers",
-    "Opponent's words": "mean number of words of the opponent's answers",
-    "Off target (%)": "100 x mean of |words - asked words| / asked words over the policy's answers",
-    "Within 10 % (%)": "100 x share of the policy's answers within 10 % of the words that were asked for",
-    "Orders agree (%)": "100 x share of speeches judged alike in both orders",
-    "First wins (%)": "100 x share of the judge's verdicts that prefer the answer shown first",
 }
 
 
@@ -122,79 +105,3 @@ def value_of(metric: object) -> str:
     """Return a metric as text."""
     value = metric.get("value", metric.get("overall")) if isinstance(metric, dict) else metric
     return "n/a" if value is None else f"{value:.5f}" if isinstance(value, float) else str(value)
-
-
-def under_win_rates(cell: Cell, run: RecordLineage, settings: TableSettings) -> tuple[str, list[Node]]:
-    """Judgements of a policy's answers against the opponent's."""
-    coarse = run.flow.study.taxonomy["coarse"]
-    topics = {SHORT_TOPICS.get(name, entry["title"]): name for name, entry in coarse.items()}
-    topic = topics.get(cell.base)
-    if cell.row["Source"] == "this run":
-        on_topic = run.counted(cell.path, "speech", lambda row: row["split"] == "test" and topic in (None, row["coarse_topic"]))
-        return "number of test speeches", on_topic
-    protocol, formula = PROTOCOLS[cell.row["Source"]]
-    if cell.base == "Speeches":
-        formula = "number of test speeches that were judged in both orders"
-    return formula, win_rate(cell, run, settings, protocol, topic)
-
-
-def under_lengths(cell: Cell, run: RecordLineage, settings: TableSettings) -> tuple[str, list[Node]]:
-    """Answers and judgements behind the win rates."""
-    return LENGTHS[cell.base], win_rate(cell, run, settings, "robust", None)
-
-
-def win_rate(cell: Cell, run: RecordLineage, settings: TableSettings, protocol: str, topic: str | None) -> list[Node]:
-    """A policy's win rate, computed again from the judgements."""
-    policy = named(cell.name, settings.policies, settings)
-    setting = next(name for name, (heading, _) in SETTINGS.items() if heading == cell.group)
-    for path in run.inputs(cell.path, "win_rates"):
-        result = read_result(Path(path), "win_rates")
-        if (result["policy"], result["setting"]) == (policy, setting):
-            break
-    else:
-        return []
-    made_with = run.record(path)["identity"]["settings"]
-    seed, resamples = made_with["seed"], made_with["bootstrap"]
-    (judgement_file,), (speech_file,) = run.inputs(path, "judgement"), run.inputs(path, "speech")
-    topic_of = {row["speech_id"]: row["coarse_topic"] for _, row in run.rows(speech_file)}
-    verdicts = winrates.verdicts_by_speech(row for _, row in run.rows(judgement_file))
-    judged = {speech: orders for speech, orders in sorted(verdicts.items()) if len(orders) == 2}
-    scores = winrates.paper_scores(judged, seed) if protocol == "paper" else winrates.robust_scores(judged)
-    again = winrates.win_rates(scores, topic_of, resamples, seed)
-    counting = [speech for speech in judged if topic in (None, topic_of[speech])]
-
-    def rate(rates: dict) -> dict | None:
-        return rates["topics"].get(topic) if topic else rates["overall"]
-
-    stored, new = rate(result["protocols"][protocol]), rate(again)
-    if stored is None:
-        return [Node("no test speech on this topic was judged", path)]
-    what = f"win rate of {policy}: {stored['win_rate']:.5f}; again from {2 * len(counting)} judgements of {len(counting)} speeches"
-    node = Node(f"{what}: {new['win_rate']:.5f}" if new else what, path, agrees=stored == new)
-    for speech in run.few(counting):
-        taken = winrates.coin(seed, speech) if protocol == "paper" else None
-        node.under.append(comparison(run, path, judgement_file, speech_file, speech, scores[speech], taken))
-    node.more = len(counting) - len(node.under)
-    return [node]
-
-
-def comparison(run: RecordLineage, path: str, judgement_file: str, speech_file: str, speech: str, score: float, taken: bool | None) -> Node:
-    """One speech: the judgements in both orders with the judge's answers, both answers, the speech."""
-    node = Node(f"speech {speech} scores {score:g}")
-    raw_files = run.inputs(judgement_file, "judgement_answer")
-    raw = {row["policy_first"]: (file, line, row) for file, line, row in run.find(raw_files, "speech_id", speech)}
-    for file, line, row in run.find([judgement_file], "speech_id", speech):
-        first = row["policy_first"]
-        unused = "" if taken in (None, first) else " (not the coin's order)"
-        judgement = Node(f"{row['verdict']}, the policy shown {'first' if first else 'second'}{unused}", file, line, text=row["rationale"])
-        if first in raw:
-            raw_file, raw_line, answer = raw[first]
-            judged = Node(f"raw answer of {answer['judge']}", raw_file, raw_line, answer["request_key"], answer["raw"])
-            judged.under = run.journal(answer["request_key"], answer["raw"])
-            judgement.agrees = (parsed(parse_judgements.judgement, answer) or {}).get("verdict") == row["verdict"]
-            judgement.under.append(judged)
-        node.under.append(judgement)
-    for file, line, row in run.find(run.inputs(path, "response"), "speech_id", speech):
-        node.under.append(run.response(file, line, row))
-    node.under.append(run.speech(speech_file, speech))
-    return node

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import make_tables
-from psychocounsel import data_lineage, evaluation_lineage
+from psychocounsel import data_lineage, evaluation_lineage, policy_lineage
 from psychocounsel.config import locate
 from psychocounsel.explanation import Explanation, Node
 from psychocounsel.record_lineage import RecordLineage
@@ -23,7 +23,7 @@ from psychocounsel.tables import to_csv
 from psychocounsel.workflow import Workflow
 
 RECORDS = ("speech", "dropped_row", "failure", "unscored", "score", "pair")  # what tables are made of: kinds of records,
-RESULTS = ("judge", "metrics", "win_rates", "contamination")  # and kinds of JSON results
+RESULTS = ("judge", "metrics", "win_rates", "contamination", "differences", "agreement")  # and kinds of JSON results
 UNDER = {  # table -> what finds the formula of a cell and what stands under it
     "dataset": data_lineage.under_dataset,
     "topics": data_lineage.under_topics,
@@ -35,8 +35,11 @@ UNDER = {  # table -> what finds the formula of a cell and what stands under it
     "contamination": data_lineage.under_contamination,
     "reward_models": evaluation_lineage.under_reward_models,
     "reward_ablation": evaluation_lineage.under_reward_ablation,
-    "win_rates": evaluation_lineage.under_win_rates,
-    "lengths": evaluation_lineage.under_lengths,
+    "win_rates": policy_lineage.under_win_rates,
+    "lengths": policy_lineage.under_lengths,
+    "win_rate_differences": policy_lineage.under_differences,
+    "win_rate_principles": policy_lineage.under_principles,
+    "judge_agreement": policy_lineage.under_agreement,
 }
 
 

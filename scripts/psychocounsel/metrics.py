@@ -125,6 +125,22 @@ def resampled_sums(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     return np.concatenate(drawn).reshape(resamples, *np.shape(sums)[1:])
 
 
+def cohen_kappa(confusion: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """Cohen's kappa of [..., classes, classes] counts: 1 - cost of what was found / cost expected of the same raters by chance.
+
+    `costs` [classes, classes] weighs each disagreement: all alike, or as the square of its distance. NaN where chance costs nothing:
+    both raters gave one and the same class throughout.
+    """
+    n = known(confusion.sum((-2, -1)))
+    expected = confusion.sum(-1)[..., :, None] * confusion.sum(-2)[..., None, :] / n[..., None, None]
+    return 1 - (confusion * costs).sum((-2, -1)) / known((expected * costs).sum((-2, -1)))
+
+
+def known(divisor: np.ndarray) -> np.ndarray:
+    """Return a divisor with NaN for 0, so that a quotient without cases is undefined."""
+    return np.where(divisor == 0, np.nan, divisor)
+
+
 def at_chance(accuracy: dict) -> bool:
     """Whether an accuracy's interval reaches down to one half: such a model is not shown to rank better than a coin."""
     return accuracy["low"] <= 0.5

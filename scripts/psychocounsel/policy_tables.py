@@ -1,7 +1,8 @@
-"""Tables of the policies against their opponent (paper, section 4.2): win rates, and the lengths and order effects behind them."""
+"""Tables of the policies against their opponent (paper, section 4.2): win rates, their differences, what stands behind them, and how
+far a second judge agrees."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from psychocounsel.table_settings import TableSettings
 from psychocounsel.tables import NOT_REPORTED, ORIENTATION, Cell, Missing, Number, Row, Table, count, number, reported_row
@@ -10,6 +11,13 @@ SETTINGS = {
     "free": ("Without a length constraint", "without_length_constraint"),
     "length": ("With a length constraint", "with_length_constraint"),
 }
+SOURCES = {"paper": "one order", "robust": "both orders"}  # protocol -> how its rows are named, beside those of the paper itself
+ASKED = {  # protocol of the judge's calls -> sentence
+    "together": "The judge was asked about all principles in one call (protocol together).",
+    "one_by_one": "The judge was asked about one principle a call, and its verdict is that of most principles (protocol one_by_one).",
+}
+ORDERS = "One order: the order of the two answers drawn by seed, as in the paper. Both orders: a win in both counts 1, a disagreement half."
+NOT_JUDGED = Missing("Not judged in this run.")
 SHORT_TOPICS = {  # column heads of Table 3
     "core_mental_health_issues": "Mental Issues",
     "emotional_well_being": "Emotional Well-being",
@@ -41,9 +49,7 @@ def win_rate_table(
         reported = {name: dict(zip(paper["columns"], figures, strict=True)) for name, figures in paper[key].items()}
         rows = []
         for policy in settings.policies:
-            rows += [
-                win_rate_row(settings.title(policy), win_rates.get((policy, setting)), protocol, topics) for protocol in ("paper", "robust")
-            ]
+            rows += [win_rate_row(settings.title(policy), win_rates.get((policy, setting)), protocol, topics) for protocol in SOURCES]
             if policy in mapped:
                 rows.append(reported_win_rate_row(settings.title(policy), reported_row(reported, mapped[policy]), topics))
         if rows and speeches:
@@ -56,26 +62,36 @@ def win_rate_table(
     columns = ["Policy", "Source", *(SHORT_TOPICS.get(topic, title) for topic, title in topics.items()), "Overall", "Speeches"]
     notes = [
         f"Percent of comparisons won against {settings.opponent}, judged by {settings.judge}.",
-        "One order: the order of the two answers drawn by seed, as in the paper. Both orders: a win in both counts 1, a disagreement half.",
+        *asked(win_rates.values()),
+        ORDERS,
         "In brackets: 95 % bootstrap intervals over speeches; those of the topics stand in the CSV file.",
     ]
     return Table("win_rates", f"Win rates against {settings.opponent} (Table 3)", columns, [*groups, *others], notes)
 
 
+def asked(results: Iterable[dict]) -> list[str]:
+    """Return the sentence on how the judge of some results was asked."""
+    return [ASKED[protocol] for protocol in sorted({result["protocol"] for result in results})]
+
+
 def win_rate_row(title: str, result: dict | None, protocol: str, topics: Collection[str]) -> Row:
     """A measured row of Table 3."""
-    source = {"paper": "one order", "robust": "both orders"}[protocol]
-    if result is None:
-        return Row([title, source, *[Missing("Not judged in this run.")] * (len(topics) + 2)])
-    rates = result["protocols"][protocol]
+    rates = result and result["protocols"][protocol]
+    return Row([title, SOURCES[protocol], *by_topic(rates, "win_rate", topics)])
+
+
+def by_topic(rates: dict | None, name: str, topics: Collection[str]) -> list[Cell]:
+    """Return the cells of a protocol's rates under this name, in percent: by topic, overall, and their number of speeches."""
+    if rates is None:
+        return [NOT_JUDGED] * (len(topics) + 2)
 
     def cell(rate: dict | None, show_interval: bool) -> Cell:
         if rate is None:
             return Missing("No test speech on this topic was judged.")
-        return Number(100 * rate["win_rate"], 1, 100 * rate["low"], 100 * rate["high"], show_interval)
+        return Number(100 * rate[name], 1, 100 * rate["low"], 100 * rate["high"], show_interval)
 
-    by_topic = [cell(rates["topics"].get(topic), False) for topic in topics]
-    return Row([title, source, *by_topic, cell(rates["overall"], True), count(rates["overall"]["n"])])
+    cells = [cell(rates["topics"].get(topic), False) for topic in topics]
+    return [*cells, cell(rates["overall"], True), count(rates["overall"]["n"])]
 
 
 def reported_win_rate_row(title: str, figures: dict[str, float], topics: Collection[str]) -> Row:
@@ -84,10 +100,95 @@ def reported_win_rate_row(title: str, figures: dict[str, float], topics: Collect
     return Row([title, "paper", *cells, NOT_REPORTED])
 
 
+def difference_table(differences: dict | None, topics: dict[str, str], paper: dict, settings: TableSettings) -> Table:
+    """Differences of the win rates of policies that differ in one thing, paired by speech, beside those of Table 3."""
+    mapped, groups = settings.reported.policies, []
+    for setting, (heading, key) in SETTINGS.items():
+        reported = {name: dict(zip(paper["columns"], figures, strict=True)) for name, figures in paper[key].items()}
+        rows = []
+        for pair in differences["differences"] if differences else []:
+            if pair["setting"] == setting:
+                title = f"{settings.title(pair['policy'])} minus {settings.title(pair['other'])}"
+                rows += [
+                    Row([title, source, *by_topic(pair["protocols"][protocol], "difference", topics)])
+                    for protocol, source in SOURCES.items()
+                ]
+                if mapped.keys() >= {pair["policy"], pair["other"]}:
+                    first, second = (reported_row(reported, mapped[pair[side]]) for side in ("policy", "other"))
+                    rows.append(reported_win_rate_row(title, {topic: first[topic] - second[topic] for topic in first}, topics))
+        groups.append((heading, rows))
+    columns = ["Policies", "Source", *(SHORT_TOPICS.get(topic, title) for topic, title in topics.items()), "Overall", "Speeches"]
+    notes = [
+        f"Points between two policies' percentages of comparisons won against {settings.opponent}, judged by {settings.judge}.",
+        *asked([differences] if differences else []),
+        ORDERS,
+        "In brackets: 95 % intervals of a bootstrap paired by speech; those of the topics stand in the CSV file. Where one holds 0, this"
+        " run does not tell the two policies apart.",
+        "Policies with the same base, or trained by the same method. Paper: differences of the percentages that its Table 3 prints.",
+    ]
+    return Table("win_rate_differences", "Differences between policies (Table 3)", columns, groups, notes)
+
+
+def principle_table(win_rates: dict[tuple[str, str], dict], settings: TableSettings) -> Table:
+    """Win rates on each principle, of a judge that was asked about one at a time."""
+    names, groups = dict(settings.ratings.principles), []
+
+    def row(policy: str, result: dict) -> Row:
+        rates = [result["principles"][name] for name in names]
+        cells = [Number(100 * rate["win_rate"], 1, 100 * rate["low"], 100 * rate["high"], False) for rate in rates]
+        return Row([settings.title(policy), *cells, count(rates[0]["n"])])
+
+    for setting, (heading, _) in SETTINGS.items():
+        results = [(policy, win_rates.get((policy, setting))) for policy in settings.policies]
+        groups.append((heading, [row(policy, result) for policy, result in results if result and result["principles"]]))
+    notes = [
+        f"Percent of comparisons won against {settings.opponent} on a principle, judged by {settings.judge}, both orders: a disagreement of"
+        " the two counts half. The 95 % bootstrap intervals over speeches stand in the CSV file.",
+    ]
+    return Table("win_rate_principles", "Win rates by principle", ["Policy", *names.values(), "Speeches"], groups, notes)
+
+
+def agreement_table(agreement: dict | None, settings: TableSettings) -> Table:
+    """How far two judges agree on the same answers, and the win rates under each."""
+    groups = []
+    for setting, (heading, _) in SETTINGS.items():
+        found = [row for row in agreement["agreement"] if row["setting"] == setting] if agreement else []
+        by_policy = {row["policy"]: row["protocols"] for row in found}
+        shown = [policy for policy in [*settings.policies, None] if policy in by_policy]
+        groups.append((heading, [agreement_row(policy, by_policy[policy], protocol, settings) for policy in shown for protocol in SOURCES]))
+    columns = ["Policy", "Source", "Comparisons", "Agreement (%)", "Cohen's kappa", "Win rate (%)", "Win rate, second (%)", "Difference"]
+    notes = [
+        f"Win rate: against {settings.opponent}, judged by {settings.judge}; second: by {settings.second_judge}, on the same answers.",
+        *asked([agreement] if agreement else []),
+        "One order: of the order drawn by seed, a win or not. Both orders: a win, a loss, or a disagreement of the two orders.",
+        "Kappa: without weights; 0 is what two judges with these win rates would reach by chance. Difference: points, second minus first.",
+        "In brackets: 95 % bootstrap intervals over speeches. All policies: the comparisons of one speech are drawn together.",
+    ]
+    return Table("judge_agreement", f"Agreement of {settings.judge} and {settings.second_judge}", columns, groups, notes)
+
+
+def agreement_row(policy: str | None, protocols: dict, protocol: str, settings: TableSettings) -> Row:
+    """Two judges on one policy, or on all."""
+    found = protocols[protocol]
+    undefined = "Undefined: both judges gave one verdict throughout."
+    first, second = found["win_rates"]
+    return Row(
+        [
+            "All policies" if policy is None else settings.title(policy),
+            SOURCES[protocol],
+            count(found["n"]),
+            number(found["agreement"], "", 1, 100),
+            number(found["kappa"], undefined, 2),
+            *(number(rate, "", 1, 100) for rate in (first, second, found["difference"])),
+        ]
+    )
+
+
 def length_table(win_rates: dict[tuple[str, str], dict], settings: TableSettings) -> Table:
     """What stands behind the win rates: lengths, how well a constraint was kept, and the judge's order effects."""
     columns = [
         "Policy",
+        "Speeches",
         "Win rate (%)",
         "At equal length (%)",
         "Words",
@@ -101,8 +202,9 @@ def length_table(win_rates: dict[tuple[str, str], dict], settings: TableSettings
     for setting, (heading, _) in SETTINGS.items():
         groups.append((heading, [length_row(settings.title(policy), win_rates.get((policy, setting))) for policy in settings.policies]))
     notes = [
-        "Win rate: both orders. At equal length: predicted by a logistic regression on the difference in length.",
-        "The regression is that of AlpacaEval 2 without its term for the instruction's difficulty, which needs a leader board of models.",
+        f"Win rate: against {settings.opponent}, judged by {settings.judge}, both orders.",
+        "At equal length: predicted by a logistic regression on the difference in length, after AlpacaEval 2, without what needs its own"
+        " data: each instruction's difficulty, and the pull towards its baseline told to be verbose or concise.",
         "Off target: mean of |words - asked words| / asked words.",
         "First wins: share of the judge's decided verdicts that prefer the answer shown first; 50 means no position bias.",
     ]
@@ -112,13 +214,14 @@ def length_table(win_rates: dict[tuple[str, str], dict], settings: TableSettings
 def length_row(title: str, result: dict | None) -> Row:
     """A row of the table of lengths."""
     if result is None:
-        return Row([title, *[Missing("Not judged in this run.")] * 8])
+        return Row([title, *[NOT_JUDGED] * 9])
     overall, controlled, lengths = result["protocols"]["robust"]["overall"], result["length_controlled"], result["lengths"]
     constraint, free = lengths["constraint"], Missing("No length was asked for.")
     notes = ["At equal length: extrapolated, since its answers are nearly all longer, or nearly all shorter, than the opponent's."]
     return Row(
         [
             title,
+            count(overall["n"]),
             Number(100 * overall["win_rate"], 1, 100 * overall["low"], 100 * overall["high"]),
             number({**controlled, "value": controlled["win_rate"]}, f"{controlled['reason']}.".capitalize(), 1, 100),
             Number(lengths["policy_words"], 0),

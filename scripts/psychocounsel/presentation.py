@@ -3,7 +3,7 @@
 import orjson
 
 from psychocounsel.slices import Slices, Wildcards, settings
-from psychocounsel.workflow import OURS, Workflow
+from psychocounsel.workflow import OURS, Workflow, option
 
 CODE_VERSION = 1  # only rules use it; what it hands to programs stands in their settings
 
@@ -13,6 +13,7 @@ PERSONAL_DATA = {
     "drop": "speeches with e-mail addresses, telephone numbers of people or web addresses are left out; names are not looked for",
 }
 PROTOCOLS = {"one_by_one": "one call a principle", "together": "all principles in one call (not the paper's protocol)"}
+JUDGED = {"together": "all principles in one call", "one_by_one": "the verdict of most principles"}
 
 
 class Presentation:
@@ -24,7 +25,9 @@ class Presentation:
         self.labels = f"made by {self.judge} ({PROTOCOLS[self.config['ratings']['protocol']]}), not by people"
         if flow.starts_at_pairs:
             self.labels = f"published with {' and '.join(map(self.title, flow.sources))}; this run judged no response of its data set"
-        self.judge_of_answers = self.title(self.config["evaluation"]["judge"])
+        one_by_one = self.config["evaluation"]["protocol"] == "one_by_one"
+        judges = [self.title(name) + ", one principle at a time" * one_by_one for name in flow.judges_of_answers]
+        self.judge_of_answers, self.second_judge = judges[0], judges[1] if len(judges) > 1 else None
         self.opponent = self.title(self.config["evaluation"]["opponent"])
 
     def title(self, name: str) -> str:
@@ -93,6 +96,7 @@ class Presentation:
             ranked_by=self.ranked_by(),
             opponent=self.opponent,
             judge=self.judge_of_answers,
+            second_judge=self.second_judge,
             ratings=self.ratings(),
             note=self.config["note"],
             starts_at_pairs=flow.starts_at_pairs,
@@ -104,6 +108,19 @@ class Presentation:
                 "policies": self.reported("policies", flow.policies),
             },
         )
+
+    def tables(self) -> list[str]:
+        """The tables of make_tables.py that this study has."""
+        names = ["dataset", "topics", "pool", "model_groups", "pairs", "judge_consistency", "judge_positions", "contamination"]
+        names += ["reward_models", "reward_ablation", "win_rates", "lengths"]
+        names += ["win_rate_differences"] if self.flow.differences() else []
+        names += ["win_rate_principles"] if self.flow.policies and self.config["evaluation"]["protocol"] == "one_by_one" else []
+        return names + (["judge_agreement"] if self.second_judge else [])
+
+    def table_options(self) -> str:
+        """The optional inputs of make_tables as command-line options."""
+        options = {"--differences": self.flow.differences(), "--agreement": self.flow.agreement_of_judges()}
+        return " ".join(option(flag, files) for flag, files in options.items() if files)
 
     def figures(self) -> list[str]:
         """The figures that this study has."""
@@ -252,7 +269,7 @@ class Presentation:
     def asked_models(self) -> list[str]:
         """Return all that may be asked: models and policies."""
         config = self.config
-        judges = [config["topics"]["judge"], config["ratings"]["judge"], config["evaluation"]["judge"], config["evaluation"]["opponent"]]
+        judges = [config["topics"]["judge"], config["ratings"]["judge"], *self.flow.judges_of_answers, config["evaluation"]["opponent"]]
         return [*self.flow.pool, *judges, *self.flow.rankers, *self.study.policies]
 
     @settings
@@ -280,6 +297,10 @@ class Presentation:
             ("Judge of the answers", f"{self.judge_of_answers}, all seven principles in one call, both orders, no tie offered"),
             ("Seed", str(config["seed"])),
         ]  # fmt: skip
+        if self.second_judge:
+            sample = config["evaluation"]["second_judge_speeches"]
+            seen = "all test speeches" if sample is None else f"{sample:,} test speeches, stratified by coarse topic"
+            summary.append(("Second judge of the answers", f"{self.second_judge}, {seen}"))
         if unpinned := self.flow.unpinned():
             summary.append(("Not pinned", f"{', '.join(unpinned)}: what these stood for on the day is not known"))
         case = policy and {

@@ -175,7 +175,7 @@ def answer(task: dict) -> str:
     if kind == "rate together":
         return json.dumps({principle: rate(speech, task["responses"], principle) for principle in task["principles"]})
     if kind in ("judge", "rank"):
-        return json.dumps(compare(speech, *task["responses"]))
+        return json.dumps(compare(speech, *task["responses"], task.get("principle")))
     if kind == "topic":
         return json.dumps({"topic": choose_topic(speech, task["taxonomy"])})
     raise ValueError(f"the rubric judge knows no task {kind!r}")
@@ -192,11 +192,12 @@ def rate(speech: str, responses: list[str], principle: str) -> dict:
     return ratings
 
 
-def compare(speech: str, first: str, second: str) -> dict:
-    """Choose the response with the higher sum of the seven values; the first wins an exact tie."""
-    totals = [overall(measure(speech, response)) for response in (first, second)]
-    better = 1 if totals[0] >= totals[1] else 2
-    return {"better": better, "rationale": f"sum of the seven values: {totals[0]:.2f} and {totals[1]:.2f}"}
+def compare(speech: str, first: str, second: str, principle: str | None = None) -> dict:
+    """Choose the response with the higher value of a principle, or sum of the seven; the first wins an exact tie."""
+    features = [measure(speech, response) for response in (first, second)]
+    values = [overall(each) if principle is None else round(value(each, principle), 9) for each in features]
+    what = "sum of the seven values" if principle is None else "value"
+    return {"better": 1 if values[0] >= values[1] else 2, "rationale": f"{what}: {values[0]:.2f} and {values[1]:.2f}"}
 
 
 def choose_topic(speech: str, taxonomy: dict) -> str:

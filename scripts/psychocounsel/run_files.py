@@ -47,6 +47,8 @@ KINDS = [  # files of a run -> what stands in them; the first that fits
     ("09_judgements/*.answers.jsonl", "judgement_answer"),
     ("09_judgements/*.jsonl", "judgement"),
     ("09_judgements/*.win_rates.json", "win_rates"),
+    ("09_judgements/differences.json", "differences"),
+    ("09_judgements/*agreement.json", "agreement"),
 ]
 
 

@@ -360,12 +360,13 @@ class Slices:
         model = self.spec(self.study.policies[wildcards.policy]["base"], name=checkpoint_name(wildcards))
         return self._generation(model, self.config["responses"]["prompt"])
 
-    def _judgement(self, policy: str, setting: str) -> dict:
+    def _judgement(self, policy: str, setting: str, judge: str = "judge") -> dict:
         evaluation = self.config["evaluation"]
         return dict(
-            model=self.spec(evaluation["judge"]),
-            prompt=self.study.prompt(evaluation["prompt"]),
+            model=self.spec(evaluation[judge]),
+            prompt=self.study.prompt(evaluation["prompt" if evaluation["protocol"] == "together" else "one_by_one_prompt"]),
             principles=self.rated_principles(),
+            protocol=evaluation["protocol"],
             policy=policy,
             opponent=evaluation["opponent"],
             setting=setting,
@@ -379,19 +380,29 @@ class Slices:
         return self._judgement(wildcards.policy, wildcards.setting)
 
     @settings
+    def judge_again(self, wildcards) -> dict:
+        """The second judge of the same answers."""
+        return self._judgement(wildcards.policy, wildcards.setting, "second_judge")
+
+    @settings
     def judge_checkpoint(self, wildcards) -> dict:
         """The judge of a checkpoint's answers, in the free setting."""
         return self._judgement(checkpoint_name(wildcards), "free")
 
     @settings
     def parse_judgements(self, wildcards) -> dict:
-        """Nothing."""
-        return {}
+        """The principles that a comparison has a verdict on where they are judged one by one."""
+        return {"principles": self.principle_ids()}
 
     @settings
     def parse_checkpoint(self, wildcards) -> dict:
-        """Nothing."""
-        return {}
+        """The same."""
+        return {"principles": self.principle_ids()}
+
+    @settings
+    def parse_judged_again(self, wildcards) -> dict:
+        """The same."""
+        return {"principles": self.principle_ids()}
 
     def _win_rates(self, policy: str, setting: str) -> dict:
         return dict(policy=policy, setting=setting, bootstrap=self.config["evaluation"]["bootstrap"], seed=self.config["seed"])
@@ -400,6 +411,22 @@ class Slices:
     def compute_win_rates(self, wildcards) -> dict:
         """Intervals of a policy's win rates."""
         return self._win_rates(wildcards.policy, wildcards.setting)
+
+    @settings
+    def sample_judged_again(self, wildcards) -> dict:
+        """Which test speeches the second judge sees: the same share of each coarse topic."""
+        count = self.config["evaluation"]["second_judge_speeches"]
+        return dict(split="test", speeches=count, stratified=True, iteration=0, seed=self.config["seed"])
+
+    @settings
+    def compare_judges(self, wildcards) -> dict:
+        """Intervals of the judges' agreement."""
+        return dict(bootstrap=self.config["evaluation"]["bootstrap"], seed=self.config["seed"])
+
+    @settings
+    def compare_policies(self, wildcards) -> dict:
+        """Which policies are compared, and the intervals of their differences."""
+        return dict(contrasts=self.flow.contrasts(), bootstrap=self.config["evaluation"]["bootstrap"], seed=self.config["seed"])
 
     @settings
     def compute_checkpoint_win_rate(self, wildcards) -> dict:

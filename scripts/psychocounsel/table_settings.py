@@ -65,6 +65,7 @@ class TableSettings(Settings):
     ranked_by: dict[str, str] = Field({}, description="policy -> the reward model on whose rewards it was trained")
     opponent: str = Field(description="title of the opponent")
     judge: str = Field(description="title of the judge of the answers")
+    second_judge: str | None = Field(None, description="title of the second judge of the answers, if there is one")
     ratings: Ratings = Field(
         Ratings(), description="{judge, protocol, offline, principles}: who scored the responses, and how (principles: [[id, name], …])"
     )

@@ -6,7 +6,8 @@ liking for the answer shown first cancels out.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 
@@ -26,6 +27,11 @@ def verdicts_by_speech(judgements: Iterable[dict]) -> Verdicts:
     return verdicts
 
 
+def judged_twice(verdicts: Verdicts) -> Verdicts:
+    """Return the speeches that were judged in both orders, by id."""
+    return {speech: orders for speech, orders in sorted(verdicts.items()) if len(orders) == 2}
+
+
 def coin(seed: int, speech_id: str) -> bool:
     """Whether protocol "paper" takes the order with the policy's answer first: a fair coin, the same for every policy."""
     return int(content_hash(seed, speech_id, digits=1), 16) < 8
@@ -41,18 +47,47 @@ def robust_scores(verdicts: Verdicts) -> dict[str, float]:
     return {speech: POINTS[orders[True]] if orders[True] == orders[False] else 0.5 for speech, orders in verdicts.items()}
 
 
+def protocols(seed: int) -> dict[str, Callable[[Verdicts], dict[str, float]]]:
+    """Return by protocol what scores the speeches."""
+    return {"paper": partial(paper_scores, seed=seed), "robust": robust_scores}
+
+
 def win_rates(scores: dict[str, float], topic_of: dict[str, str], resamples: int, seed: int) -> dict:
     """Win rate overall and by coarse topic, each with n and a bootstrap interval over its speeches."""
+    return means_by_topic(scores, topic_of, "win_rate", resamples, seed)
+
+
+def win_rate_differences(first: dict[str, float], second: dict[str, float], topic_of: dict[str, str], resamples: int, seed: int) -> dict:
+    """The first policy's win rate minus the second's over the speeches that both were judged on, overall and by coarse topic.
+
+    The interval is that of a paired bootstrap: a draw of speeches takes both policies' scores.
+    """
+    return means_by_topic({s: first[s] - second[s] for s in first.keys() & second.keys()}, topic_of, "difference", resamples, seed)
+
+
+def means_by_topic(values: dict[str, float], topic_of: dict[str, str], name: str, resamples: int, seed: int) -> dict:
+    """Mean of the values of speeches overall and by coarse topic, under this name, with n and a bootstrap interval over the speeches."""
     by_topic: dict[str, list[str]] = defaultdict(list)
-    for speech in sorted(scores):
+    for speech in sorted(values):
         by_topic[topic_of[speech]].append(speech)
 
-    def rate(speeches: list[str]) -> dict:
-        values = np.array([scores[speech] for speech in speeches])
-        interval = estimate(lambda w: mean(values, w), bootstrap_weights(speeches, resamples, seed))
-        return {"win_rate": interval["value"], "n": len(speeches), "low": interval["low"], "high": interval["high"]}
+    def average(speeches: list[str]) -> dict:
+        numbers = np.array([values[speech] for speech in speeches])
+        interval = estimate(lambda w: mean(numbers, w), bootstrap_weights(speeches, resamples, seed))
+        return {name: interval["value"], "n": len(speeches), "low": interval["low"], "high": interval["high"]}
 
-    return {"overall": rate(sorted(scores)), "topics": {topic: rate(speeches) for topic, speeches in sorted(by_topic.items())}}
+    return {"overall": average(sorted(values)), "topics": {topic: average(speeches) for topic, speeches in sorted(by_topic.items())}}
+
+
+def principle_rates(judgements: Iterable[dict], judged: Verdicts, topic_of: dict[str, str], resamples: int, seed: int) -> dict | None:
+    """Win rate on each principle, both orders, over the judged speeches; None where all were asked about in one call."""
+    found: dict[str, Verdicts] = defaultdict(lambda: defaultdict(dict))
+    for row in judgements:
+        for principle, verdict in (row["principles"] or {}).items():
+            if row["speech_id"] in judged:
+                found[principle][row["speech_id"]][row["policy_first"]] = verdict
+    rates = {name: win_rates(robust_scores(verdicts), topic_of, resamples, seed) for name, verdicts in found.items()}
+    return {name: rate["overall"] for name, rate in sorted(rates.items())} or None
 
 
 def order_effects(verdicts: Verdicts) -> dict:
@@ -65,12 +100,14 @@ def order_effects(verdicts: Verdicts) -> dict:
 
 
 def length_controlled(scores: dict[str, float], lengths: dict[str, tuple[int, int]], resamples: int, seed: int) -> dict:
-    """Win rate that a logistic model predicts at equal length: AlpacaEval 2's (Dubois et al. 2024, arXiv 2404.04475), with one omission.
+    """Win rate that a logistic model predicts at equal length, after AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475).
 
     log-odds(win) = a + b * tanh(d / sd(d)), d = characters of the policy's answer minus the opponent's; the value is
-    sigmoid(a). AlpacaEval also has a term for each instruction's difficulty, estimated from the many models on its leader
-    board; it needs those models, so it is omitted. A half score counts as half a win and half a loss, as there. The fit is
-    scikit-learn's with its ridge penalty at C = 100, the strength that AlpacaEval's code takes without cross-validation.
+    sigmoid(a). A half score counts as half a win and half a loss, as there. Left out is what needs AlpacaEval's own data: the
+    term for each instruction's difficulty, estimated from the models on its leader board, and the pull of b towards that of
+    its baseline told to be verbose or concise (weight 0.2). Its code chooses the strength of an L1 penalty by
+    cross-validation; with two coefficients and thousands of speeches there is nothing to choose: the fit is scikit-learn's with
+    its ridge penalty on b at C = 100, so weak that it matters only where wins and losses are all but separated by length.
     A bootstrap draw with wins only, or losses only, counts as 1 or 0, the limit of its fit. `extrapolated` says that less
     than 5 % of the speeches lie on one side of equal length, so that the value stands on the shape of the model alone.
     """

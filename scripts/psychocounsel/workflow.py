@@ -3,12 +3,14 @@
 import os
 import shlex
 import sys
+from itertools import combinations
 from pathlib import Path
 
 from psychocounsel.config import Study
 from psychocounsel.endpoints import is_remote
 from psychocounsel.fingerprint import code_fingerprint
 
+SECOND_JUDGE = "second_judge/"  # folder of its judgements
 OURS = "psychocounsel"  # the run's own pairs, where a config names preference data
 
 
@@ -32,12 +34,14 @@ class Workflow:
         self.trained_policies = [name for name, p in self.study.policies.items() if p["method"] != "none"]
         self.iterative_policies = [name for name, p in self.study.policies.items() if p["method"] == "dpo_iter"]
         self.policies = self.config["evaluation"]["policies"]
+        second = self.config["evaluation"]["second_judge"]
+        self.judges_of_answers = [self.config["evaluation"]["judge"], *([second] if second and self.policies else [])]
 
     def unpinned(self) -> dict[str, str]:
         """Return what this study leaves open (Study.unpinned) among the models that it runs or asks and the files that it reads."""
         config = self.config
         raters = [] if self.starts_at_pairs else [*self.pool, config["ratings"]["judge"]]
-        judges = [config["topics"]["judge"], config["evaluation"]["judge"], config["evaluation"]["opponent"]]
+        judges = [config["topics"]["judge"], *self.judges_of_answers, config["evaluation"]["opponent"]]
         bases = [entry["base"] for entry in [*config["reward_models"], *config["policies"]]]
         models = dict.fromkeys([*raters, *judges, *self.baselines, *self.rankers, *bases])
         return self.study.unpinned(list(models), [*self.sources, *self.answer_sources, *self.general_preferences])
@@ -344,6 +348,26 @@ class Workflow:
         return [
             self.results(f"09_judgements/{policy}/{setting}.win_rates.json") for policy in self.policies for setting in ("free", "length")
         ]
+
+    def judgements(self, judge: str = "") -> list[str]:
+        """The judgements of the table's policies in both settings: the judge's, or those in the folder of the second."""
+        return [
+            self.results(f"09_judgements/{judge}{policy}/{setting}.jsonl") for policy in self.policies for setting in ("free", "length")
+        ]
+
+    def differences(self) -> list[str]:
+        """How far policies that differ in one thing differ in their win rates; nothing where there are no two such."""
+        return [self.results("09_judgements/differences.json")] if self.contrasts() else []
+
+    def contrasts(self) -> list[list[str]]:
+        """The policies of the table that have the same base, or the same method, two by two: [the later one, the earlier one]."""
+        entries = self.study.policies
+        pairs = combinations(self.policies, 2)
+        return [[b, a] for a, b in pairs if any(entries[a][fact] == entries[b][fact] for fact in ("base", "method"))]
+
+    def agreement_of_judges(self) -> list[str]:
+        """How far the second judge agrees with the first; nothing where there is none."""
+        return [self.results(f"09_judgements/{SECOND_JUDGE}agreement.json")] if len(self.judges_of_answers) > 1 else []
 
     def checkpoint_win_rates(self) -> list[str]:
         """The win rates of all checkpoints of the policies in Figure 4."""

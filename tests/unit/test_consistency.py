@@ -12,8 +12,9 @@ from scipy.stats import friedmanchisquare
 from sklearn.metrics import cohen_kappa_score
 
 import assess_judge
-from psychocounsel.consistency import as_ratings, position_effects, quadratic_kappa, self_consistency
+from psychocounsel.consistency import APART, as_ratings, position_effects, self_consistency
 from psychocounsel.data_tables import judge_consistency_table, judge_positions_table
+from psychocounsel.metrics import cohen_kappa
 from psychocounsel.records import dump_records, validator
 from psychocounsel.tables import Missing
 
@@ -105,8 +106,8 @@ def test_the_same_ratings_agree_fully_and_move_nothing():
 
 def test_kappa_of_many_matrices_at_once():
     tables = np.random.default_rng(1).integers(0, 9, (7, 3, 5, 5)).astype(float)
-    assert np.allclose(quadratic_kappa(tables)[4, 2], quadratic_kappa(tables[4, 2]))
-    assert np.isnan(quadratic_kappa(np.zeros((5, 5))))
+    assert np.allclose(cohen_kappa(tables, APART**2)[4, 2], cohen_kappa(tables[4, 2], APART**2))
+    assert np.isnan(cohen_kappa(np.zeros((5, 5)), APART**2))
 
 
 def shuffled(rng, speeches: int, bias: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,9 @@
 """Comparisons: both orders, verdicts for the right side, whatever the place."""
 
 import importlib
+import json
+import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,7 @@ def judge(monkeypatch, folder: Path, **changes) -> list[dict]:
         "model": RUBRIC,
         "prompt": JUDGE_PROMPT,
         "principles": PRINCIPLES,
+        "protocol": "together",
         "policy": "ours",
         "opponent": "theirs",
         "setting": "free",
@@ -43,9 +47,8 @@ def judge(monkeypatch, folder: Path, **changes) -> list[dict]:
 
 
 def parse(monkeypatch, folder: Path) -> list[dict]:
-    run(
-        monkeypatch, "parse_judgements", {}, answers=folder / "answers.jsonl", out=folder / "judged.jsonl", failed=folder / "unparsed.jsonl"
-    )
+    files = {"answers": folder / "answers.jsonl", "out": folder / "judged.jsonl", "failed": folder / "unparsed.jsonl"}
+    run(monkeypatch, "parse_judgements", {"principles": [p["id"] for p in PRINCIPLES]}, **files)
     return read_records(folder / "judged.jsonl", "judgement")
 
 
@@ -103,6 +106,102 @@ def test_answers_that_do_not_belong_are_refused(monkeypatch, files, capsys, rows
     dump_records(files / "policy.jsonl", rows, "response")
     with pytest.raises(SystemExit):
         judge(monkeypatch, files)
+    assert message in capsys.readouterr().err
+
+
+# One principle at a time
+
+ONE_BY_ONE = {"protocol": "one_by_one", "prompt": (ROOT / "config" / "prompts" / "judge_one_by_one.jinja").read_text(encoding="utf-8")}
+SEVEN = [principle["id"] for principle in PRINCIPLES]
+
+
+def verdicts(*won: str):
+    """A judge for whom the policy's answer, wherever it stands, is the better one on these principles alone."""
+
+    def answer(request) -> str:
+        policy_first, principle = "policy first" in request.id, request.id.rpartition("/")[2]
+        return json.dumps({"rationale": "x", "better": 1 if policy_first == (principle in won) else 2})
+
+    return answer
+
+
+@pytest.mark.parametrize("won", range(8))
+def test_the_verdict_is_that_of_most_principles(monkeypatch, files, won):
+    script(monkeypatch, verdicts(*SEVEN[:won]))
+    answers = judge(monkeypatch, files, **ONE_BY_ONE)
+    assert len(answers) == 2 * 2 * 7
+    judged = parse(monkeypatch, files)
+    assert {j["verdict"] for j in judged} == {"win" if won > 3 else "loss"}
+    assert all(j["principles"] == {p: "win" if p in SEVEN[:won] else "loss" for p in SEVEN} for j in judged)
+    assert all(len(j["rationale"].splitlines()) == 7 for j in judged)
+
+
+def test_the_rubric_judges_single_principles(monkeypatch, files):
+    judge(monkeypatch, files, **ONE_BY_ONE)
+    judged = {(j["speech_id"], j["policy_first"]): j for j in parse(monkeypatch, files)}
+    assert [j["verdict"] for j in judged.values()] == ["win", "win", "loss", "loss"]
+    assert judged[sid(1), True]["principles"]["empathy"] == "win"
+
+
+def test_the_principle_comes_last_after_what_the_seven_calls_share(monkeypatch, files):
+    prompts, groups = {}, {}
+
+    def answer(request) -> str:
+        prompts[request.id], groups[request.id] = request.messages[-1]["content"], request.group
+        return '{"rationale": "", "better": 1}'
+
+    script(monkeypatch, answer)
+    judge(monkeypatch, files, **ONE_BY_ONE)
+    for order in ("policy first", "opponent first"):
+        seven = [prompts[f"{sid(1)}/{order}/{name}"] for name in SEVEN]
+        shared = os.path.commonprefix(seven)
+        assert GOOD in shared
+        assert BAD in shared
+        assert shared.rstrip().endswith("Principle:")
+        for principle, prompt in zip(PRINCIPLES, seven, strict=True):
+            assert [p["definition"] in prompt for p in PRINCIPLES] == [p is principle for p in PRINCIPLES]
+        assert {groups[f"{sid(1)}/{order}/{name}"] for name in SEVEN} == {f"{sid(1)}/{order}"}
+
+
+def test_a_comparison_that_lacks_a_principle_makes_no_judgement(monkeypatch, files):
+    script(monkeypatch, verdicts(*SEVEN))
+    answers = judge(monkeypatch, files, **ONE_BY_ONE)
+    answers[3]["raw"] = "I cannot decide."
+    del answers[-1]  # a request without a usable answer
+    dump_records(files / "answers.jsonl", answers, "judgement_answer")
+    (files / "answers.jsonl.prov.json").unlink()
+    assert [(j["speech_id"], j["policy_first"]) for j in parse(monkeypatch, files)] == [(sid(1), False), (sid(2), True)]
+    failures = read_records(files / "unparsed.jsonl", "failure")
+    assert Counter(f["reason"] for f in failures)["another principle of this comparison has no usable verdict"] == 6 + 6
+    dropped = rows_account(files / "judged.jsonl")["answers"]["dropped"]
+    assert dropped == {"does not parse": 1, "another principle of this comparison has no usable verdict": 12}
+
+
+def test_an_even_number_of_principles_may_tie(monkeypatch, files):
+    script(monkeypatch, verdicts(*SEVEN[:3]))
+    answers = judge(monkeypatch, files, **ONE_BY_ONE, principles=PRINCIPLES[:6])
+    read = {"answers": files / "answers.jsonl", "out": files / "judged.jsonl", "failed": files / "unparsed.jsonl"}
+    run(monkeypatch, "parse_judgements", {"principles": SEVEN[:6]}, **read)
+    assert len(answers) == 2 * 2 * 6
+    assert {j["verdict"] for j in read_records(files / "judged.jsonl", "judgement")} == {"tie"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda rows: rows.append(rows[0]), "was judged 2 times"),
+        (lambda rows: rows[0].update(principle="empaty"), "unknown principle 'empaty'. Did you mean 'empathy'?"),
+        (lambda rows: rows[0].update(protocol="together", principle=None), "must not be mixed"),
+    ],
+)
+def test_raw_comparisons_that_do_not_belong_together_are_refused(monkeypatch, files, capsys, edit, message):
+    script(monkeypatch, verdicts(*SEVEN))
+    answers = judge(monkeypatch, files, **ONE_BY_ONE)
+    edit(answers)
+    dump_records(files / "answers.jsonl", answers, "judgement_answer")
+    (files / "answers.jsonl.prov.json").unlink()
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, files)
     assert message in capsys.readouterr().err
 
 

@@ -59,6 +59,7 @@ def records() -> dict[str, list[dict]]:
         pairs.append({"speech_id": row["speech_id"], "split": row["split"], "gap": 2.0, "subset": None, **texts, **models, **ids})
     test = [row for row in speeches if row["split"] == "test"]
     compared = {"policy": "p", "opponent": "o", "setting": "length", "judge": "j", "verdict": "win", "rationale": "It <i>explores</i>."}
+    compared |= {"protocol": "together", "principles": None}
     answer = {"sample": 0, "finish_reason": "stop", "usage": None, "request_key": "0" * 64, "served_model": None, "target_words": 4}
     return {
         "speeches": speeches,

@@ -149,7 +149,7 @@ def speech(i: int, split: str = "test") -> dict:
 
 def judgement(i: int, first: bool, verdict: str, **changes) -> dict:
     """A judgement record."""
-    facts = {"policy": "p", "opponent": "o", "setting": "free", "judge": "j", "rationale": "r"}
+    facts = {"policy": "p", "opponent": "o", "setting": "free", "protocol": "together", "judge": "j", "principles": None, "rationale": "r"}
     return {"speech_id": SPEECH(i), **facts, "policy_first": first, "verdict": verdict, **changes}
 
 
@@ -198,6 +198,11 @@ def test_program_counts_speeches_that_were_not_judged(tmp_path, files):
         (lambda f: f["judgements"].append(judgement(6, True, "win")), "is no test speech"),
         (lambda f: f["judgements"].append(judgement(0, True, "win")), "was judged 2 times"),
         (lambda f: f["judgements"].append(judgement(5, True, "win", policy="q")), "alone"),
+        (lambda f: f["judgements"].append(judgement(5, True, "win", protocol="one_by_one", principles={"a": "win"})), "alone"),
+        (
+            lambda f: f.update(judgements=[judgement(1, True, "win", policy="q")]),
+            "judgements of 'q' in setting 'free'; expected those of 'p'",
+        ),
         (lambda f: f["answers"].pop(0), "has 0 answers"),
         (lambda f: f["judgements"].clear(), "no judgements"),
     ],
