@@ -42,6 +42,7 @@ rule all:
         rules.make_tables.output,
         rules.plot_figures.output,
         rules.write_cards.output,
+        pages.case_tables(),
         rules.write_report.output,
         rules.summarise_run.output,
     localrule: True

@@ -112,13 +112,42 @@ rule write_cards:
         " --settings {params.settings:q} --out-dir {params.folder} 2> {log}"
 
 
+rule choose_cases:
+    input:
+        speeches=flow.results("02_speeches/speeches.jsonl"),
+        judgements=pages.case_files("09_judgements"),
+        answers=pages.case_files("08_answers"),
+        opponent=flow.results("08_answers/opponent.jsonl"),
+    output:
+        csv=report(
+            flow.results("10_tables/case_studies.csv"),
+            caption="../report/table_case_studies.rst",
+            category="Tables",
+            labels={"table": "case_studies"},
+        ),
+        others=expand(flow.results("10_tables/case_studies.{ending}"), ending=["md", "tex", "html"]),
+    log:
+        flow.logs("choose_cases.log"),
+    conda:
+        "../envs/data.yaml"
+    params:
+        settings=pages.choose_cases,
+        code=code("choose_cases"),
+        folder=output_folder,
+    message:
+        "Choose case studies"
+    shell:
+        "python scripts/choose_cases.py --speeches {input.speeches} --judgements {input.judgements} --answers {input.answers}"
+        " --opponent {input.opponent} --settings {params.settings:q} --out-dir {params.folder} 2> {log}"
+
+
 rule write_report:
     input:
         tables=expand(flow.results("10_tables/{table}.html"), table=pages.tables()),
+        cases=[path for path in pages.case_tables() if path.endswith(".html")],
         figures=expand(flow.results("11_figures/{figure}.svg"), figure=pages.figures()),
         cards=expand(flow.results("12_cards/{name}.md"), name=pages.carded_models()),
         release=flow.results("13_release/README.md"),
-        cases=pages.case_files(),
         template="report/report.html.jinja",
     output:
         report=flow.results("report.html"),
@@ -131,13 +160,12 @@ rule write_report:
     params:
         settings=pages.write_report,
         code=code("write_report"),
-        options=pages.case_options(),
         run_dir=output_folder,
         tables=costs_folder,
     message:
         "Write the report"
     shell:
-        "python scripts/write_report.py --tables {input.tables} --figures {input.figures} {params.options}"
+        "python scripts/write_report.py --tables {input.tables} {input.cases} --figures {input.figures}"
         " --run-dir {params.run_dir} --settings {params.settings:q} --out-dir {params.tables} --out {output.report} 2> {log}"
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
+from psychocounsel.comparisons import SETTING_TITLES
 from psychocounsel.config import load_registry
 from psychocounsel.data_tables import pair_facts
 from psychocounsel.errors import UserError
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SETTING_TITLES = {"free": "Without a length constraint", "length": "With a length constraint"}
 NO_SCORES = "none of the run's pairs has scores"
 
 

@@ -1,26 +1,21 @@
-"""Write one self-contained HTML report of a run: tables, figures, case studies, how it was made, how to read it.
+"""Write one self-contained HTML report of a run: tables with the case studies, figures, how it was made, how to read it.
 
 Rows in, out and dropped, times, tokens, dollars and commits come from the provenance records below --run-dir; the table of
-costs, which is written beside, is made of them alone. A case study shows a
-speech with both answers and the judge's reasons. It is chosen by rule, not by hand: of the speeches that the policy won in
-both orders, quotable by their source's licence, not on a crisis topic and without a word of crisis, the one of median
-length; and by the same rule one that it lost.
+costs, which is written beside, is made of them alone.
 """
 
 import base64
-import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from psychocounsel.costs import cost_table
 from psychocounsel.errors import UserError
-from psychocounsel.stage import Settings, Stage, command_line, log, stage
+from psychocounsel.stage import Settings, command_line, stage
 from psychocounsel.tables import FORMATS
 from psychocounsel.templates import REPORT, load_template, template_paths
-from psychocounsel.winrates import verdicts_by_speech
 
 SECTIONS = [  # heading, tables, figures; what a run does not have is left out
     (
@@ -29,27 +24,14 @@ SECTIONS = [  # heading, tables, figures; what a run does not have is left out
         ["dataset", "pairs", "chosen_models", "rejected_models", "model_groups", "judge_positions"],
     ),
     ("Reward models", ["reward_models", "reward_ablation"], ["training_reward_models"]),
-    ("Policies", ["win_rates", "lengths"], ["win_rates", "win_rate_topics", "training_policies", "checkpoints"]),
+    (
+        "Policies",
+        ["win_rates", "win_rate_differences", "win_rate_principles", "judge_agreement", "lengths"],
+        ["win_rates", "win_rate_topics", "training_policies", "checkpoints"],
+    ),
+    ("Case studies", ["case_studies"], []),
     ("What it cost", ["costs"], []),
 ]
-# A second guard, since topics are labels that a judge may get wrong: such a speech is never quoted, whatever its topic.
-CRISIS_WORDS = re.compile(
-    r"suicid|kill(ing)? (my|him|her|them)sel|end(ing)? (my|it|their) (life|all)|want(ed)? to die|self[- ]?harm|(cut|hurt)(ting|ing)? myself"
-    r"|overdos|abus(e|ed|ive)\b|rape|molest|assault|anorexi|bulimi|purg(e|ing)|starv",
-    re.IGNORECASE,
-)
-
-
-class Case(BaseModel):
-    """Which policy's answers are shown, and what may be quoted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    policy: str
-    opponent: str
-    setting: str
-    quotable: list[str]
-    crisis_topics: list[str]
 
 
 class ReportSettings(Settings):
@@ -60,9 +42,6 @@ class ReportSettings(Settings):
     judge_of_answers: str = Field(description="title of the judge of the win rates")
     opponent: str = Field(description="title of the opponent")
     summary: list[tuple[str, str]] = Field([], description="[[label, value], …]: the choices of the config worth knowing, in their order")
-    case: Case | None = Field(
-        None, description="{policy, opponent, setting, quotable, crisis_topics}: case studies (titles, names); null for none"
-    )
     titles: dict[str, str] = Field({}, description="name of a model or policy -> its title, for the table of costs")
     note: str | None = Field(None, description="a sentence at the head, e.g. what a demonstration's numbers do not mean")
 
@@ -73,10 +52,6 @@ def main() -> None:
     parser.add_argument("--tables", nargs="*", default=[], help="<table>.html of make_tables.py")
     parser.add_argument("--figures", nargs="*", default=[], help="<figure>.svg of plot_figures.py")
     parser.add_argument("--run-dir", required=True, help="folder of the run's results: its provenance records are read")
-    parser.add_argument("--speeches", help="for case studies: speeches")
-    parser.add_argument("--judgements", help="for case studies: the policy's judgements in one setting")
-    parser.add_argument("--answers", help="for case studies: the policy's answers")
-    parser.add_argument("--opponent-answers", help="for case studies: the opponent's answers")
     parser.add_argument("--out-dir", help="folder for the table of costs: costs.csv, .md, .tex and .html")
     parser.add_argument("--out", required=True, help="report, as HTML")
     with stage(parser) as run:
@@ -97,7 +72,6 @@ def main() -> None:
         html = load_template("report.html").render(
             settings=settings,
             sections=sections(tables, figures),
-            cases=case_studies(run) if settings.case else [],
             stages=stage_rows(records),
             made=environment(records),
             ethics=[line.removeprefix("- ") for line in load_template("ethics.md").render().splitlines() if line],
@@ -187,43 +161,6 @@ def environment(records: list[dict]) -> list[tuple[str, str]]:
         ("Packages", packages),
     ]
     return [(label, ", ".join(sorted(values))) for label, values in facts if values]
-
-
-# Case studies
-
-
-def case_studies(run: Stage) -> list[dict]:
-    """Return up to one win and one loss of the policy, chosen by the rule in this program's docstring."""
-    args, case = run.args, run.settings.case
-    missing = [flag for flag in ("speeches", "judgements", "answers", "opponent_answers") if getattr(args, flag) is None]
-    if missing:
-        raise UserError(f"case studies need --{missing[0].replace('_', '-')}; without case studies set case to null")
-    speeches = {row["speech_id"]: row for row in run.read(args.speeches, "speech")}
-    judgements = run.read(args.judgements, "judgement")
-    texts = [{row["speech_id"]: row["text"] for row in run.read(file, "response")} for file in (args.answers, args.opponent_answers)]
-    verdicts = verdicts_by_speech(judgements)
-    allowed = {speech for speech in verdicts if speech in speeches and quotable(speeches[speech], case)}
-    found = []
-    for verdict, title in (("win", "A comparison that the policy won"), ("loss", "A comparison that it lost")):
-        speech = median_speech([speeches[s] for s in allowed if list(verdicts[s].values()) == [verdict] * 2])
-        if speech:
-            reasons = [row["rationale"] for row in judgements if row["speech_id"] == speech["speech_id"]]
-            answers = [text[speech["speech_id"]] for text in texts]
-            found.append({"title": title, "speech": speech, "policy": answers[0], "opponent": answers[1], "rationales": reasons})
-    log.info("case studies: %d of %d judged speeches may be quoted; %d shown", len(allowed), len(verdicts), len(found))
-    return found
-
-
-def quotable(speech: dict, case: Case) -> bool:
-    """Whether a speech may be shown: its source's licence allows it, and neither topic nor words are of a crisis."""
-    on_crisis = {speech["topic"], speech["coarse_topic"]} & set(case.crisis_topics)
-    return speech["source"] in case.quotable and not on_crisis and not CRISIS_WORDS.search(speech["text"])
-
-
-def median_speech(speeches: list[dict]) -> dict | None:
-    """The speech of (lower) median length, equal lengths in the order of their ids; None of none."""
-    ranked = sorted(speeches, key=lambda speech: (len(speech["text"]), speech["speech_id"]))
-    return ranked[(len(ranked) - 1) // 2] if ranked else None
 
 
 if __name__ == "__main__":

@@ -32,15 +32,32 @@ SCORES = {"sounds like": 5, "You should just": 3, "Okay": 2, "your own fault": 1
 def scripted_answer(body: dict, nth: int) -> Reply:
     """Answer as the model that is asked for, with the longest word of the message in it; the judge knows the answers by their phrases."""
     if body["model"] == "scripted-judge":
-        return Reply(scripted_ratings(body["messages"][-1]["content"]))
+        prompt = body["messages"][-1]["content"]
+        return Reply(scripted_verdict(prompt) if is_comparison(prompt) else scripted_ratings(prompt))
     word = max(body["messages"][-1]["content"].split(), key=len).strip(".,!?")
     return Reply(ANSWERS[body["model"]].format(word=word))
+
+
+def is_comparison(prompt: str) -> bool:
+    """Whether a judge is asked which of two answers is better."""
+    return "determine which of the two is better" in prompt
+
+
+def shown_responses(prompt: str) -> list[tuple[str, str]]:
+    """Return the number and text of each response in a judge's prompt."""
+    return re.findall(r"<response_(\d)>\n(.*?)\n</response_", prompt, flags=re.DOTALL)
+
+
+def scripted_verdict(prompt: str) -> str:
+    """Prefer the longer of two answers, and the first of two that are equally long."""
+    first, second = (len(text) for _, text in shown_responses(prompt))
+    return json.dumps({"rationale": "scripted", "better": 1 if first >= second else 2})
 
 
 def scripted_ratings(prompt: str) -> str:
     """Rate the responses in a rating prompt."""
     rated = {}
-    for number, text in re.findall(r"<response_(\d)>\n(.*?)\n</response_", prompt, flags=re.DOTALL):
+    for number, text in shown_responses(prompt):
         rated[f"response_{number}_rating"] = next((score for phrase, score in SCORES.items() if phrase in text), 2)
         rated[f"rationale_{number}"] = "scripted"
     return json.dumps(rated)

@@ -4,6 +4,7 @@ from collections import Counter
 
 from psychocounsel.errors import UserError
 
+SETTING_TITLES = {"free": "Without a length constraint", "length": "With a length constraint"}
 KIND = ("policy", "setting", "opponent", "judge", "protocol")  # what all judgements of a file share
 
 

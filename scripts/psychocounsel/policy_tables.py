@@ -4,13 +4,12 @@ far a second judge agrees."""
 from collections import Counter
 from collections.abc import Collection, Iterable
 
+from psychocounsel.comparisons import SETTING_TITLES
 from psychocounsel.table_settings import TableSettings
 from psychocounsel.tables import NOT_REPORTED, ORIENTATION, Cell, Missing, Number, Row, Table, count, number, reported_row
 
-SETTINGS = {
-    "free": ("Without a length constraint", "without_length_constraint"),
-    "length": ("With a length constraint", "with_length_constraint"),
-}
+PAPERS = {"free": "without_length_constraint", "length": "with_length_constraint"}  # keys of its win rates in config/paper.yaml
+SETTINGS = {setting: (title, PAPERS[setting]) for setting, title in SETTING_TITLES.items()}
 SOURCES = {"paper": "one order", "robust": "both orders"}  # protocol -> how its rows are named, beside those of the paper itself
 ASKED = {  # protocol of the judge's calls -> sentence
     "together": "The judge was asked about all principles in one call (protocol together).",

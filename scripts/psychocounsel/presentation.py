@@ -3,6 +3,7 @@
 import orjson
 
 from psychocounsel.slices import Slices, Wildcards, settings
+from psychocounsel.tables import FORMATS
 from psychocounsel.workflow import OURS, Workflow, option
 
 CODE_VERSION = 1  # only rules use it; what it hands to programs stands in their settings
@@ -253,18 +254,28 @@ class Presentation:
         """The policy whose answers are shown as case studies: the last of the win-rate table, the paper's best."""
         return self.flow.policies[-1] if self.flow.policies else None
 
-    def case_files(self) -> list[str]:
-        """Speeches, judgements and answers for the case studies, in the setting with a length constraint (Tables 4 and 7)."""
-        policy = self.case_policy()
-        if policy is None:
-            return []
-        files = ("02_speeches/speeches.jsonl", f"09_judgements/{policy}/length.jsonl", f"08_answers/{policy}/length.jsonl")
-        return [self.flow.results(file) for file in (*files, "08_answers/opponent.jsonl")]
+    def case_tables(self) -> list[str]:
+        """The case studies in every format; none of a run without policies."""
+        return [self.flow.results(f"10_tables/case_studies.{ending}") for ending in FORMATS if self.case_policy()]
 
-    def case_options(self) -> str:
-        """The case studies' files as command-line options."""
-        flags = ("--speeches", "--judgements", "--answers", "--opponent-answers")
-        return " ".join(f"{flag} {file}" for flag, file in zip(flags, self.case_files(), strict=False))
+    def case_files(self, folder: str) -> list[str]:
+        """The judgements, or the answers, of the case studies' policy in both settings."""
+        policy = self.case_policy()
+        return [self.flow.results(f"{folder}/{policy}/{setting}.jsonl") for setting in ("free", "length") if policy]
+
+    @settings
+    def choose_cases(self, wildcards) -> dict:
+        """Whose answers are shown, and what may be quoted."""
+        sources = self.flow.sources
+        return dict(
+            policy=self.title(self.case_policy()),
+            opponent=self.opponent,
+            judge=self.judge_of_answers,
+            quotable=[name for name in sources if self.study.sources[name]["quotable"]],
+            crisis_topics=self.config["report"]["crisis_topics"],
+            titles=self.titles(sources),
+            note=self.config["note"],
+        )
 
     def asked_models(self) -> list[str]:
         """Return all that may be asked: models and policies."""
@@ -274,8 +285,8 @@ class Presentation:
 
     @settings
     def write_report(self, wildcards) -> dict:
-        """The choices worth knowing, and what may be quoted."""
-        config, policy = self.config, self.case_policy()
+        """The choices worth knowing."""
+        config = self.config
         near = config["speeches"]["near_duplicates"]
         made = [
             ("Sources", ", ".join(self.title(name) for name in self.flow.sources)),
@@ -303,20 +314,12 @@ class Presentation:
             summary.append(("Second judge of the answers", f"{self.second_judge}, {seen}"))
         if unpinned := self.flow.unpinned():
             summary.append(("Not pinned", f"{', '.join(unpinned)}: what these stood for on the day is not known"))
-        case = policy and {
-            "policy": self.title(policy),
-            "opponent": self.opponent,
-            "setting": "length",
-            "quotable": [name for name in self.flow.sources if self.study.sources[name]["quotable"]],
-            "crisis_topics": config["report"]["crisis_topics"],
-        }
         return dict(
             title=config["title"],
             labels=self.labels,
             judge_of_answers=self.judge_of_answers,
             opponent=self.opponent,
             summary=summary,
-            case=case,
             note=config["note"],
             titles=self.titles(self.asked_models()),
         )

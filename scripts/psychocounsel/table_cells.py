@@ -8,6 +8,11 @@ from psychocounsel.errors import UserError, nearest_or_all
 from psychocounsel.table_settings import TableSettings
 from psychocounsel.workflow import Workflow
 
+NOT_COMPUTED = {
+    "costs": "its figures are sums of `run.facts.api` in the provenance records (*.prov.json) of the jobs",
+    "case_studies": "its texts are those of the records whose speech_id it names, in the files that its own record (*.prov.json) names",
+}
+
 
 class Cell:
     """A cell of a table's CSV file, found by what a user calls its row and column."""
@@ -22,8 +27,8 @@ class Cell:
             tables = sorted(path.stem for path in Path(flow.results("10_tables")).glob("*.csv"))
             hint = nearest_or_all(table, tables) if tables else " Has the run been made?"
             raise UserError(f"{self.path}: no such table.{hint}") from None
-        if self.table == "costs":
-            raise UserError(f"{self.path}: its figures are sums of `run.facts.api` in the provenance records (*.prov.json) of the jobs")
+        if self.table in NOT_COMPUTED:
+            raise UserError(f"{self.path}: {NOT_COMPUTED[self.table]}")
         self.header = self.grid[0]
         if column not in self.header[1:-1]:
             raise UserError(f"--column {column!r}: {self.path} has no such column.{nearest_or_all(column, self.header[1:-1])}")

@@ -16,6 +16,7 @@ from psychocounsel.errors import UserError
 
 MISSING = "n/a"
 AT_CHANCE = "Not shown to rank better than chance: the interval of its accuracy reaches down to 50 %."
+LINE = 120  # characters of a cell beyond which a column is one of prose
 ORIENTATION = "Reported in the paper (other models; for orientation)"
 
 
@@ -154,7 +155,7 @@ def to_markdown(table: Table) -> str:
     marks = {note: letter(i) for i, note in enumerate(table.footnotes())}
 
     def shown(cell: Cell) -> str:
-        return f"{MISSING}[{marks[cell.reason]}]" if isinstance(cell, Missing) else str(cell).replace("|", "\\|").replace("\n", " ")
+        return f"{MISSING}[{marks[cell.reason]}]" if isinstance(cell, Missing) else str(cell).replace("|", "\\|").replace("\n", "<br>")
 
     body = []
     for group, rows in table.groups:
@@ -170,7 +171,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """Write a table as LaTeX with booktabs; footnotes stand below the rules, as text."""
+    """Write a table as LaTeX with booktabs; footnotes stand below the rules, as text. One with prose breaks over pages (longtable)."""
     marks = {note: letter(i) for i, note in enumerate(table.footnotes())}
 
     def shown(cell: Cell) -> str:
@@ -179,39 +180,29 @@ def to_latex(table: Table) -> str:
     lines = []
     for index, (group, rows) in enumerate(table.groups):
         if group:
-            lines += [r"\midrule"] * bool(index) + [rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{escape_latex(group)}}}}} \\"]
+            heading = rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{escape_latex(group)}}}}} \\"
+            lines += [r"\midrule"] * bool(index) + [heading]
         for row in rows:
             first, *others = map(shown, row.cells)
             lines.append(" & ".join([first + "".join(rf"\textsuperscript{{{marks[note]}}}" for note in row.notes), *others]) + r" \\")
-    align = "".join("r" if is_numeric(table, i) else "l" for i in range(len(table.columns)))
+    prose = [is_prose(table, i) for i in range(len(table.columns))]
+    align = "".join(LATEX_PROSE if prose[i] else "r" if is_numeric(table, i) else "l" for i in range(len(table.columns)))
     notes = [*(rf"\textsuperscript{{{mark}}} {escape_latex(note)}" for note, mark in marks.items()), *map(escape_latex, table.notes)]
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs,adjustbox}",
-            r"\begin{table}",
-            r"\centering\small",
-            rf"\caption{{{escape_latex(table.title)}}}",
-            rf"\label{{tab:{table.name.replace('_', '-')}}}",
-            r"\begin{adjustbox}{max width=\linewidth}",
-            rf"\begin{{tabular}}{{{align}}}",
-            r"\toprule",
-            " & ".join(map(escape_latex, table.columns)) + r" \\",
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{adjustbox}",
-            *([r"\par\smallskip\footnotesize\raggedright " + r"\\ ".join(notes)] if notes else []),
-            r"\end{table}",
-            "",
-        ]
-    )
+    head = [r"\toprule", " & ".join(map(escape_latex, table.columns)) + r" \\", r"\midrule"]
+    caption = [rf"\caption{{{escape_latex(table.title)}}}", rf"\label{{tab:{table.name.replace('_', '-')}}}"]
+    below = [r"\par\smallskip\footnotesize\raggedright " + r"\\ ".join(notes) + r"\par"] if notes else []
+    if any(prose):
+        body = [rf"\begin{{longtable}}{{{align}}}", *caption, r"\\", *head, r"\endhead", *lines, r"\bottomrule", r"\end{longtable}"]
+        return "\n".join([LATEX_NEEDS.format("longtable"), r"\begingroup\small", *body, *below, r"\endgroup", ""])
+    body = [r"\begin{adjustbox}{max width=\linewidth}", rf"\begin{{tabular}}{{{align}}}", *head, *lines, r"\bottomrule"]
+    ends = [r"\end{tabular}", r"\end{adjustbox}", *below, r"\end{table}", ""]
+    return "\n".join([LATEX_NEEDS.format("adjustbox"), r"\begin{table}", r"\centering\small", *caption, *body, *ends])
 
 
 def to_html(table: Table) -> str:
     """Write a table as an HTML fragment: a figure with its caption, the table and its footnotes."""
     marks = {note: letter(i) for i, note in enumerate(table.footnotes())}
-    classes = ["number" if is_numeric(table, i) else "text" for i in range(len(table.columns))]
+    classes = ["number" if is_numeric(table, i) else "prose" if is_prose(table, i) else "text" for i in range(len(table.columns))]
 
     def shown(cell: Cell) -> str:
         if isinstance(cell, Missing):
@@ -244,6 +235,8 @@ def to_html(table: Table) -> str:
     )
 
 
+LATEX_NEEDS = "% needs \\usepackage{{booktabs,{}}}; texts with other scripts or emoji need lualatex or xelatex"
+LATEX_PROSE = r"p{0.76\linewidth}"
 LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -263,7 +256,7 @@ LATEX = str.maketrans(
         "]": "{]}",
         "≥": r"$\geq$",
         "≤": r"$\leq$",
-        "\n": " ",
+        "\n": r"\newline ",
     }
 )
 
@@ -271,6 +264,12 @@ LATEX = str.maketrans(
 def escape_latex(text: str) -> str:
     """Return text that LaTeX prints as it stands."""
     return text.translate(LATEX)
+
+
+def is_prose(table: Table, column: int) -> bool:
+    """Whether a column holds texts that need several lines."""
+    texts = [row.cells[column] for _, row in table.rows() if isinstance(row.cells[column], str)]
+    return any(len(text) > LINE or "\n" in text for text in texts)
 
 
 def is_numeric(table: Table, column: int) -> bool:

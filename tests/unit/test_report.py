@@ -14,7 +14,7 @@ import yaml
 from psychocounsel.costs import cost_table
 from psychocounsel.errors import UserError
 from psychocounsel.templates import REPORT, duration, interval
-from write_report import Case, environment, median_speech, quotable, read_provenance, stage_rows
+from write_report import environment, read_provenance, stage_rows
 
 PRINCIPLES = ["empathy", "relevance", "clarity", "safety", "exploration", "autonomy", "staging"]
 COMMON = ["--taxonomy", "config/taxonomy.yaml"]
@@ -125,6 +125,9 @@ def run(tmp_path_factory) -> Path:
     pool = [{"title": "all", "models": ["good", "bad"]}]
     named = {"opponent": "O", "judge": "J", "policies": ["p"], "note": "A demonstration."}
     succeed("make_tables", *inputs, "--paper", "config/paper.yaml", "--out-dir", folder / "tables", pool=pool, **named)
+    cases = [word for name in ("speeches", "judgements", "answers", "opponent") for word in (f"--{name}", folder / f"{name}.jsonl")]
+    quoting = {"policy": "P", "opponent": "O", "judge": "J", "quotable": ["open"], "crisis_topics": []}
+    succeed("choose_cases", *cases, "--out-dir", folder / "tables", **quoting)
     figures = [
         *inputs,
         "--policy-logs",
@@ -140,17 +143,14 @@ def run(tmp_path_factory) -> Path:
 
 def report_settings(**changes) -> dict:
     """Settings of write_report."""
-    case = {"policy": "P", "opponent": "O", "setting": "length", "quotable": ["open"], "crisis_topics": ["self-harm", "crisis_and_safety"]}
-    facts = {"title": "A run", "labels": "made by J", "judge_of_answers": "J", "opponent": "O", "summary": [["Run", "tiny"]], "case": case}
+    facts = {"title": "A run", "labels": "made by J", "judge_of_answers": "J", "opponent": "O", "summary": [["Run", "tiny"]]}
     return {**facts, "note": "A demonstration.", **changes}
 
 
-def report_inputs(folder: Path, speeches: Path | None = None) -> list:
+def report_inputs(folder: Path) -> list:
     """Arguments of write_report."""
-    files = {"judgements": "judgements", "answers": "answers", "opponent-answers": "opponent"}
-    words = [word for flag, name in files.items() for word in (f"--{flag}", folder / f"{name}.jsonl")]
     shown = ["--tables", *sorted(folder.glob("tables/*.html")), "--figures", *sorted(folder.glob("figures/*.svg"))]
-    return [*shown, "--speeches", speeches or folder / "speeches.jsonl", *words, "--run-dir", folder]
+    return [*shown, "--run-dir", folder]
 
 
 def test_figures_are_drawn_and_the_same_bytes_twice(run):
@@ -218,43 +218,9 @@ def test_report_is_self_contained_escaped_and_tells_what_was_dropped(run, tmp_pa
     assert "{{" not in html
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"source": "closed"}, {"topic": "self-harm"}, {"coarse_topic": "crisis_and_safety"}, {"text": "Some days I want to die."}],
-    ids=["not quotable", "crisis topic", "coarse crisis topic", "words of crisis"],
-)
-def test_report_quotes_no_speech_that_must_not_be_quoted(run, tmp_path, change):
-    changed = tmp_path / "speeches.jsonl"
-    changed.write_text("".join(json.dumps({**row, **change}) + "\n" for row in records()["speeches"]))
-    succeed("write_report", *report_inputs(run, changed), "--out", tmp_path / "report.html", **report_settings())
-    html = (tmp_path / "report.html").read_text()
-    assert "No comparison of this run meets the rule." in html
-    assert "tired" not in html
-    assert "want to die" not in html
-    assert "Policy 0" not in html
-
-
-def test_report_without_case_studies_needs_no_answers(run, tmp_path):
-    succeed("write_report", "--run-dir", run, "--out", tmp_path / "report.html", **report_settings(case=None))
+def test_a_report_of_a_run_without_policies_has_no_case_studies(run, tmp_path):
+    succeed("write_report", "--run-dir", run, "--out", tmp_path / "report.html", **report_settings())
     assert "Case studies" not in (tmp_path / "report.html").read_text()
-    done = program("write_report", "--run-dir", run, "--out", tmp_path / "other.html", **report_settings())
-    assert "case studies need --speeches" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "text", ["suicidal", "I was raped", "he is abusive", "killing myself", "cutting myself", "self harm", "overdosed", "bulimia"]
-)
-def test_words_of_crisis_are_known(text):
-    case = Case(policy="p", opponent="o", setting="free", quotable=["open"], crisis_topics=[])
-    assert quotable(speech(0), case)
-    assert not quotable(speech(0, text=f"A year ago {text}."), case)
-
-
-def test_the_case_is_the_speech_of_lower_median_length():
-    speeches = [speech(i) for i in (5, 0, 3, 2)]
-    assert median_speech(speeches)["speech_id"] == ident(2)
-    assert median_speech(speeches[::-1])["speech_id"] == ident(2)
-    assert median_speech([]) is None
 
 
 def provenance(folder: Path, name: str, program: str, started: str, **facts) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
 
 from psychocounsel import winrates
 from psychocounsel.records import validator
@@ -105,6 +106,26 @@ def test_length_control_equals_a_fit_by_hand_with_half_wins():
     got = winrates.length_controlled(scores, lengths, resamples=5, seed=1)
     assert got["win_rate"] == pytest.approx(1 / (1 + np.exp(-by_hand[0])), abs=1e-3)
     assert got["coefficient"] == pytest.approx(by_hand[1], abs=1e-2)
+
+
+def test_length_control_is_alpacaevals_fit_without_its_own_data():
+    """Its code's estimator: tanh of the standardised difference and a column of ones, an L1 penalty by liblinear, no intercept."""
+    scores, lengths = lengths_and_scores(800, at_zero=-0.7)
+    scores |= {speech: 0.5 for speech in list(scores)[::4]}
+    difference = np.array([lengths[s][0] - lengths[s][1] for s in sorted(scores)], dtype=float)
+    points, std = np.array([scores[s] for s in sorted(scores)]), difference.std(ddof=1)
+    design = np.stack([np.tanh(difference / std), np.ones(len(points))], 1)
+    model = LogisticRegression(C=100, l1_ratio=1, solver="liblinear", fit_intercept=False)
+    model.fit(np.concatenate([design, design]), np.repeat([1, 0], len(points)), sample_weight=np.concatenate([points, 1 - points]))
+    got = winrates.length_controlled(scores, lengths, resamples=1, seed=1)
+    assert got["win_rate"] == pytest.approx(model.predict_proba([[0.0, 1.0]])[0, 1], abs=2e-3)
+
+
+def test_at_equal_length_policy_and_opponent_share_all_points():
+    scores, lengths = lengths_and_scores(200, at_zero=0.8)
+    mirrored = {s: 1 - score for s, score in scores.items()}, {s: (other, own) for s, (own, other) in lengths.items()}
+    rates = [winrates.length_controlled(*each, resamples=1, seed=1)["win_rate"] for each in ((scores, lengths), mirrored)]
+    assert sum(rates) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ TABLES = [
     "reward_ablation",
     "win_rates",
     "lengths",
+    "win_rate_differences",
+    "judge_agreement",
 ]
 SCORES, PAIRS = RUN / "04_ratings/scores.jsonl", RUN / "05_pairs/train.jsonl"
 WEIGHTS = RUN / "06_reward_models/micro-reward/model/model.safetensors"

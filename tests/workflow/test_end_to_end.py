@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.project import is_comparison
 
 from psychocounsel.records import check_manifest, read_records
 
@@ -37,6 +38,7 @@ KINDS = {  # files of a run -> their record type
     "09_judgements/*/*.answers.jsonl": "judgement_answer",
     "09_judgements/*/free.jsonl": "judgement",
     "09_judgements/*/length.jsonl": "judgement",
+    "09_judgements/second_judge/*/*.answers.jsonl": "judgement_answer",
 }
 
 
@@ -44,11 +46,13 @@ def test_a_killed_run_resumes_without_asking_anything_again(project, killed, fin
     assert killed, "the kill came before anything was asked"
     again = [len(read_records(file, "rating_answer")) for file in sorted(project.path("04_ratings/again").glob("*.answers.jsonl"))]
     assert again == [4 * 7, 4 * 7]  # reversed, which makes other requests; same, which means to ask the same twice
-    asked = Counter(project.asked().values())
+    compared = sum(is_comparison(question) * times for (_, question), times in project.asked().items())
+    assert compared == 2 * 2 * 2 * 4  # by the second judge: two policies, two settings, two orders, four speeches
+    asked = Counter(times for (_, question), times in project.asked().items() if not is_comparison(question))
     assert asked == {1: asked[1], 2: 4 * 7}
     assigned = sum(len(read_records(f, "assignment")) for f in project.path("03_responses/assignments").glob("scripted-*.jsonl"))
     rated = len(read_records(project.path("04_ratings/answers.jsonl"), "rating_answer"))
-    assert len(project.server.requests) == assigned + rated + sum(again)
+    assert len(project.server.requests) == assigned + rated + sum(again) + compared
 
 
 def test_every_file_is_valid_and_sorted(project, finished):
@@ -96,7 +100,7 @@ def test_models_are_whole_and_differ(project, finished):
 
 def test_tables_have_no_empty_cell(project, finished):
     tables = sorted(project.path("10_tables").glob("*.csv"))
-    assert len(tables) == 13
+    assert len(tables) == 16
     for table in tables:
         for row in csv.DictReader(table.open()):
             assert all(cell.strip() and cell.strip().lower() != "nan" for name, cell in row.items() if name != "notes"), (table.name, row)
@@ -115,6 +119,25 @@ def test_win_rates_follow_from_the_judgements(project, finished):
         by_hand = sum(sum(v) / 2 for v in verdicts.values()) / len(verdicts)
         reported = json.loads(project.path(f"09_judgements/micro-dpo/{setting}.win_rates.json").read_text())
         assert reported["protocols"]["robust"]["overall"]["win_rate"] == pytest.approx(by_hand)
+
+
+def test_the_judges_agreement_follows_from_both_judges_files(project, finished):
+    """Recount by hand: the share of the four speeches on which both judges' verdicts in the two orders are the same."""
+
+    def points(file: str) -> dict[str, float]:
+        rows = read_records(project.path(file), "judgement")
+        found: dict[str, list[float]] = {}
+        for row in rows:
+            found.setdefault(row["speech_id"], []).append(float(row["verdict"] == "win"))
+        return {speech: sum(each) / 2 for speech, each in found.items()}
+
+    result = json.loads(project.path("09_judgements/second_judge/agreement.json").read_text())
+    assert result["judges"] == ["rubric", "scripted-judge"]
+    for row in (row for row in result["agreement"] if row["policy"]):
+        first, second = (points(f"09_judgements/{folder}{row['policy']}/{row['setting']}.jsonl") for folder in ("", "second_judge/"))
+        assert len(second) == 4 < len(first)
+        by_hand = sum(first[speech] == second[speech] for speech in second) / 4
+        assert row["protocols"]["robust"]["agreement"]["value"] == pytest.approx(by_hand)
 
 
 def test_every_result_has_a_provenance_record(project, finished):
