@@ -27,7 +27,8 @@ READERS = {  # rule -> rules that read its outputs
     "select_speeches": "label_topics split_speeches make_tables",
     "label_topics": "split_speeches",
     "split_speeches": "assign_models generate_responses rate_responses rate_again build_pairs report_contamination sample_prompts"
-    " answer_opponent answer_speeches judge_answers compute_win_rates make_tables plot_figures write_release write_report summarise_run",
+    " answer_opponent answer_speeches judge_answers compute_win_rates compare_policies sample_judged_again make_tables plot_figures"
+    " write_release choose_cases summarise_run",
     "assign_models": "generate_responses",
     "generate_responses": "rate_responses rate_again score_responses build_pairs make_tables write_release",
     "rate_responses": "parse_ratings",
@@ -49,12 +50,18 @@ READERS = {  # rule -> rules that read its outputs
     "rank_samples": "train_policy",
     "train_policy": "sample_responses train_policy select_checkpoint plot_figures",
     "select_checkpoint": "answer_speeches",
-    "answer_opponent": "answer_speeches judge_answers compute_win_rates write_report",
-    "answer_speeches": "judge_answers compute_win_rates write_report",
+    "answer_opponent": "answer_speeches judge_answers judge_again compute_win_rates choose_cases",
+    "answer_speeches": "judge_answers judge_again compute_win_rates choose_cases",
     "judge_answers": "parse_judgements",
-    "parse_judgements": "compute_win_rates",
+    "parse_judgements": "compute_win_rates compare_policies compare_judges choose_cases",
+    "compare_policies": "make_tables",
+    "sample_judged_again": "judge_again",
+    "judge_again": "parse_judged_again",
+    "parse_judged_again": "compare_judges",
+    "compare_judges": "make_tables",
     "compute_win_rates": "make_tables plot_figures write_cards summarise_run",
     "make_tables": "write_report",
+    "choose_cases": "write_report",
     "plot_figures": "write_report",
     "write_cards": "write_report",
     "write_release": "write_report",
@@ -63,6 +70,7 @@ READERS = {  # rule -> rules that read its outputs
 }
 ASKING = (
     "label_topics generate_responses rate_responses rate_again rank_pairs sample_responses answer_opponent answer_speeches judge_answers"
+    " judge_again"
 )
 EVERY = " ".join(READERS)
 CLIENT_EDIT = ('reason, raw, spent = "", []', 'reason, raw, spent = "none", []')  # in code that every stage which asks runs
@@ -151,13 +159,13 @@ MATRIX = [
     (
         "one principle's definition",
         text("config/principles.yaml", "genuine empathy", "true empathy"),
-        "rate_responses rate_again judge_answers",
+        "rate_responses rate_again judge_answers judge_again",
         {},
     ),
     (
         "a principle's name",
         text("config/principles.yaml", "Clarity and C", "Clearness and C"),
-        "rate_responses rate_again judge_answers make_tables plot_figures write_release",
+        "rate_responses rate_again judge_answers judge_again make_tables plot_figures write_release",
         {},
     ),
     (
@@ -197,6 +205,19 @@ MATRIX = [
         "assess_judge",
         {"rate_responses": 0, "score_responses": 0},
     ),
+    (
+        "the judge of the answers asked about one principle at a time",
+        study(evaluation={"protocol": "one_by_one"}),
+        "judge_answers judge_again make_tables plot_figures choose_cases write_cards write_report summarise_run",
+        {"rate_responses": 0, "answer_speeches": 0},
+    ),
+    (
+        "the speeches that the second judge sees",
+        study(evaluation={"second_judge_speeches": 5}),
+        "sample_judged_again write_report",
+        {"judge_again": 4, "judge_answers": 0, "compute_win_rates": 0},
+    ),
+    ("no second judge", study(evaluation={"second_judge": None}), "make_tables write_report", {"judge_answers": 0}),
     ("one pool model's sampling", text(*WARMER), "generate_responses", {"generate_responses": 1, "assign_models": 0}),
     ("a model added to the pool", another_pool(*POOL, "scripted-kind"), "assign_models generate_responses", {"generate_responses": 6}),
     ("a model removed from the pool", another_pool(*POOL[:-1]), "assign_models", {"generate_responses": 4}),
@@ -221,7 +242,7 @@ MATRIX = [
     ("a comment everywhere in code and rules", comments, "", {}),
     ("a docstring", text("scripts/psychocounsel/chat.py", '"""The one client', '"""The only client'), "", {}),
     ("the module of near duplicates", text("scripts/psychocounsel/near_duplicates.py", "0.98", "0.99"), "select_speeches", {}),
-    ("a module of two programs", text("scripts/psychocounsel/winrates.py", "0.5", "0.25"), "compute_win_rates write_report", {}),
+    ("a module of two programs", text("scripts/psychocounsel/winrates.py", "0.5", "0.25"), "compute_win_rates compare_policies compare_judges choose_cases", {}),
     ("the chat client", text("scripts/psychocounsel/chat.py", *CLIENT_EDIT), ASKING, {}),
     ("how requests are carried", text("scripts/psychocounsel/line.py", "S = 1.0, 60.0", "S = 1.0, 30.0"), "", {}),
     (
