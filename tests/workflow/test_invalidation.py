@@ -242,7 +242,12 @@ MATRIX = [
     ("a comment everywhere in code and rules", comments, "", {}),
     ("a docstring", text("scripts/psychocounsel/chat.py", '"""The one client', '"""The only client'), "", {}),
     ("the module of near duplicates", text("scripts/psychocounsel/near_duplicates.py", "0.98", "0.99"), "select_speeches", {}),
-    ("a module of two programs", text("scripts/psychocounsel/winrates.py", "0.5", "0.25"), "compute_win_rates compare_policies compare_judges choose_cases", {}),
+    (
+        "a module of several programs",
+        text("scripts/psychocounsel/winrates.py", "0.5", "0.25"),
+        "compute_win_rates compare_policies compare_judges choose_cases",
+        {},
+    ),
     ("the chat client", text("scripts/psychocounsel/chat.py", *CLIENT_EDIT), ASKING, {}),
     ("how requests are carried", text("scripts/psychocounsel/line.py", "S = 1.0, 60.0", "S = 1.0, 30.0"), "", {}),
     (
