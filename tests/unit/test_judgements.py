@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from psychocounsel.parsing import parse_better
+from psychocounsel.prompts import SPEECH_LABEL
 from psychocounsel.records import dump_records, read_records
 from test_ratings import ENDPOINTS, PRINCIPLES, ROOT, RUBRIC, response, rows_account, run, script, sid, speech
 
@@ -243,4 +244,4 @@ def test_the_ranker_sees_the_clients_words(content, speech_text):
 
 def test_the_respond_prompt_has_the_label_that_the_ranker_looks_for():
     prompt = (ROOT / "config" / "prompts" / "respond.jinja").read_text(encoding="utf-8")
-    assert importlib.import_module("rank_pairs").SPEECH_LABEL in prompt
+    assert SPEECH_LABEL in prompt
