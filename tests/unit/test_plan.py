@@ -165,8 +165,9 @@ def test_counts_come_from_the_jobs_that_make_the_inputs_and_else_from_the_files(
     assert requests_of(sampling, makers) == (480, AT_MOST)
 
     (folder / "speeches").write_text("".join(json.dumps({"split": side}) + "\n" for side in ["test", "test", "train"]))
-    judging = job(program="judge_answers", words={"speeches": "speeches"})
-    assert requests_of(judging, {}) == (4, EXACT)  # two test speeches, both orders
+    for protocol, asked in (("together", 4), ("one_by_one", 8)):  # two test speeches, both orders, two principles
+        judges = {"principles": [1, 2], "protocol": protocol}
+        assert requests_of(job(program="judge_answers", settings=judges, words={"speeches": "speeches"}), {}) == (asked, EXACT)
     for more, asked in (({}, 6), ({"protocol": "together"}, 3), ({"sample": 2}, 4), ({"sample": 9}, 6)):
         rates = {"principles": [1, 2], "protocol": "one_by_one"} | more
         assert requests_of(job(program="rate_responses", settings=rates, words={"speeches": "speeches"}), {}) == (asked, EXACT)
