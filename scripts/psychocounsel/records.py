@@ -101,6 +101,16 @@ def file_sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, whenever the process is killed."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
 def write_manifest(folder: Path) -> Path:
     """Write folder/manifest.json: the sha256 of every file of a model, which stands for the folder in rules."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")

@@ -5,6 +5,7 @@ itself, at the places that it has in its own conversation, so that losses and gr
 Source: Wang and Hegde, Accelerating Direct Preference Optimization with Prefix Sharing (arXiv 2410.20305). Import it inside main().
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trl import DPOTrainer, RewardTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from psychocounsel.errors import UserError
 from psychocounsel.recipes import micro_batches
+from psychocounsel.records import write_whole
 from psychocounsel.stage import log
 
 START, CHOSEN, REJECTED, PADDING = range(4)  # the part of a line to which a token belongs
@@ -165,13 +168,10 @@ class PolicyTrainer(DPOTrainer):
         """Read the reference's log-probabilities of all pairs once and give its memory back; `store` keeps them for a later start."""
         if not store.is_file():
             values = self._reference_values()
+            if not all(math.isfinite(value) for pair in values for value in pair):
+                raise UserError("the reference model gives log-probabilities that are no finite numbers: its weights are broken")
             if self.is_world_process_zero():
-                partial = store.with_suffix(".part")
-                with open(partial, "wb") as file:
-                    file.write(orjson.dumps(values))
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.rename(store)
+                write_whole(store, orjson.dumps(values))
             self.accelerator.wait_for_everyone()
         self.reference = torch.tensor(orjson.loads(store.read_bytes()), device=self.args.device)
         self.ref_model = None

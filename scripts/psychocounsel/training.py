@@ -25,7 +25,7 @@ from psychocounsel.errors import UserError
 from psychocounsel.fingerprint import code_fingerprint
 from psychocounsel.models import ModelSpec
 from psychocounsel.recipes import accumulation, deepspeed_files, tokens_and_padding
-from psychocounsel.records import check_manifest, content_hash, file_sha256, write_manifest
+from psychocounsel.records import check_manifest, content_hash, file_sha256, write_manifest, write_whole
 from psychocounsel.stage import Stage, log
 from psychocounsel.trainers import PolicyTrainer
 
@@ -56,7 +56,7 @@ class Work:
             shutil.rmtree(leftover)
         self.log.unlink(missing_ok=True)
         self.reference.unlink(missing_ok=True)
-        self.name.write_text(self.identity)
+        write_whole(self.name, self.identity.encode())
 
     def _lock(self) -> None:
         """Let nobody else train here until finish() or the end of this process; of several processes the first holds the lock."""
@@ -93,7 +93,8 @@ class Work:
 
     def finish(self, entries: list[dict]) -> None:
         """Keep the log, which says that the training is finished, drop the checkpoints and release the lock."""
-        self.log.write_bytes(orjson.dumps(entries))
+        write_whole(self.log, orjson.dumps(entries))
+        self.reference.unlink(missing_ok=True)
         for folder in self.folder.glob("checkpoint-*"):
             shutil.rmtree(folder)
         self.lock.close()
@@ -278,10 +279,10 @@ class Watch(TrainerCallback):
             log.info("step %d of %d: loss %.4f, accuracy %.3f, gradient norm %.3g", step, state.max_steps, loss, accuracy, norm)
         dead = norm == 0.0 and loss > 0.01  # still wrong and no longer learning: the weights have saturated
         if not (math.isfinite(loss) and math.isfinite(norm)) or abs(loss) > EXPLODED or dead:
-            raise UserError(
-                f"training has come apart at step {step} of {state.max_steps}: loss {loss}, gradient norm {norm}; "
-                "lower learning_rate in the recipe or raise warmup_ratio"
-            )
+            remedy = "lower learning_rate in the recipe or raise warmup_ratio"
+            if step == 1:  # of weights that nothing has changed yet
+                remedy = "the model that it starts from is broken, or the recipe's precision too narrow for it"
+            raise UserError(f"training has come apart at step {step} of {state.max_steps}: loss {loss}, gradient norm {norm}; {remedy}")
         tolerance = 2e-2 if args.bf16 else 1e-3
         if step == 1 and self.first_loss is not None and abs(loss - self.first_loss) > tolerance:
             raise AssertionError(

@@ -5,10 +5,8 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -416,90 +414,7 @@ def test_prompts_without_room_are_dropped_and_counted(data, tokenizer, tmp_path)
     }  # fmt: skip
 
 
-# --- what a killed training leaves behind
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    """Send SIGTERM to this process during a step of training."""
-    from psychocounsel.training import Watch
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Watch, "on_step_begin", on_step_begin, raising=False)
-
-
-def no_training(monkeypatch) -> None:
-    from psychocounsel import training
-
-    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
-
-
-def test_sigterm_saves_and_the_next_start_ends_with_the_same_bytes(reward_model, data, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert program("train_reward_model", **reward_training(data, tmp_path)) == 75
-    assert not (tmp_path / "model").exists()
-    assert (tmp_path / "work/checkpoint-3/complete.json").is_file(), "SIGTERM in the third step: it is ended and saved"
-    assert program("train_reward_model", **reward_training(data, tmp_path)) == 0
-    assert (tmp_path / "model/manifest.json").read_bytes() == (reward_model / "model/manifest.json").read_bytes()
-    assert logged(tmp_path) == logged(reward_model)
-
-
-def test_a_torn_checkpoint_is_passed_over(policy, data, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        assert program("train_policy", **policy_training(data, tmp_path)) == 75
-    assert sorted(p.name for p in (tmp_path / "work").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
-    with open(tmp_path / "work/checkpoint-5/optimizer.pt", "r+b") as file:
-        file.truncate(100)
-    assert program("train_policy", **policy_training(data, tmp_path)) == 0
-    assert (tmp_path / "checkpoints.json").read_bytes() == (policy / "checkpoints.json").read_bytes()
-    assert logged(tmp_path) == logged(policy)
-
-
-def test_a_finished_training_is_adopted_not_repeated(data, tmp_path, monkeypatch):
-    arguments = policy_training(data, tmp_path, 2, epochs=None, max_steps=2)
-    assert program("train_policy", **arguments) == 0
-    first = (tmp_path / "checkpoints.json").read_bytes()
-    no_training(monkeypatch)
-    assert program("train_policy", **arguments) == 0
-    assert (tmp_path / "checkpoints.json").read_bytes() == first
-    check_manifest(tmp_path / "checkpoints/2/manifest.json")
-
-
-def test_leftovers_of_another_training_are_removed_and_other_files_are_not(data, tmp_path):
-    from psychocounsel.training import Work
-
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work/notes.txt").write_text("mine")
-    one = Work(tmp_path / "work", "one", models=1)
-    one.prepare()
-    (one.models[0]).mkdir()
-    (one.models[0] / "weights").write_text("w")
-    write_manifest(one.models[0])
-    one.finish([{"step": 1}])
-    assert one.finished()
-    other = Work(tmp_path / "work", "other", models=1)
-    assert not other.finished()
-    other.prepare()
-    assert not one.finished()
-    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["identity.txt", "lock", "notes.txt"]
-
-
-def test_two_trainings_never_share_a_resume_folder(tmp_path, monkeypatch):
-    from psychocounsel.training import Work
-
-    first, second = (Work(tmp_path / "work", "same", models=1) for _ in range(2))
-    first.prepare()
-    with pytest.raises(UserError, match="another process trains here"):
-        second.prepare()
-    with monkeypatch.context() as patch:
-        patch.setenv("RANK", "1")  # a further process of the first training
-        second.prepare()
-    first.finish([{"step": 1}])
-    second.prepare()
+# --- several processes
 
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -510,31 +425,6 @@ def command_of(name: str, arguments: dict) -> list[str]:
     for key, value in arguments.items():
         words += [f"--{key.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return words
-
-
-def killed_and_resumed(name: str, arguments: dict, marker: Path) -> None:
-    """Start a program, kill it by SIGKILL once a checkpoint is there, and run it to its end."""
-    command = [sys.executable, *command_of(name, arguments)]
-    started = subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while not marker.exists() and started.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)
-    started.kill()
-    assert started.wait() == -signal.SIGKILL, started.stderr.read().decode()
-    subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["train_reward_model", "train_policy"])
-def test_kill_9_and_resume_give_the_same_bytes(name, data, tmp_path):
-    build, result = {"train_reward_model": (reward_training, "model/manifest.json"), "train_policy": (policy_training, "checkpoints.json")}[
-        name
-    ]
-    killed, whole = build(data, tmp_path / "killed", epochs=8, save_steps=3), build(data, tmp_path / "whole", epochs=8, save_steps=3)
-    killed_and_resumed(name, killed, tmp_path / "killed/work/checkpoint-6/complete.json")
-    assert program(name, **whole) == 0
-    assert (tmp_path / "killed" / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
-    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -37,8 +37,8 @@ def micro(tmp_path_factory) -> Path:
 
 def options(micro: Path) -> dict:
     return {
-        "weights": micro / "base/manifest.json", "data": [micro / "pairs.jsonl"], "pairs": 16, "batch_size": 16, "at_once": 2, "max_length": 256,
-        "checkpointing": None, "peak_tflops": None, "shape": None, "layers": None,
+        "weights": micro / "base/manifest.json", "data": [micro / "pairs.jsonl"], "pairs": 16, "batch_size": 16, "at_once": 2,
+        "max_length": 256, "checkpointing": None, "peak_tflops": None, "shape": None, "layers": None,
     }  # fmt: skip
 
 
