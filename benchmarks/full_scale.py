@@ -96,7 +96,7 @@ def prepare(folder: Path, speeches: int, url: str) -> int:
         "reward_evaluation": {"baselines": [], "rankers": ["llama-3.1-8b-instruct-ranker"], "benchmark": None, "ablation": []},
         "release": {"rights": list(SOURCES)},  # all of it: nobody's words
         "policies": [{"name": "llama3-3b", "base": "llama-3.2-3b-instruct", "method": "none"}],
-        "evaluation": {"policies": ["llama3-3b"], "checkpoints": []},
+        "evaluation": {"policies": ["llama3-3b"], "checkpoints": [], "ablation": []},
     }
     for name, content in (("sources", sources), ("endpoints", endpoints), ("study", study)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -163,7 +163,8 @@ rule compare_policies:
         " --settings {params.settings:q} --out {output.differences} 2> {log}"
 
 
-# Figure 4: every checkpoint of the listed policies, in the free setting, on a stratified part of the test speeches.
+# Figure 4 and the monitor of over-optimisation: every checkpoint of the listed policies, numbered through all rounds of its training,
+# in the free setting, on a stratified part of the test speeches.
 
 
 rule sample_test_speeches:
@@ -187,7 +188,7 @@ rule sample_test_speeches:
 rule answer_checkpoint:
     input:
         speeches=flow.results("08_answers/checkpoint_speeches.jsonl"),
-        checkpoints=flow.results("07_policies/{policy}/iteration-1/checkpoints.json"),
+        checkpoints=flow.checkpoint_list,
     output:
         answers=flow.results("08_answers/{policy}/checkpoint-{checkpoint}.jsonl"),
         failed=flow.results("08_answers/{policy}/checkpoint-{checkpoint}.failed.jsonl"),
@@ -213,6 +214,38 @@ rule answer_checkpoint:
         "python scripts/generate_responses.py --speeches {input.speeches} {params.weights} --settings {params.settings:q}"
         " --endpoints {params.endpoints} {params.gpus} {params.money} --journal {params.journal}"
         " --out {output.answers} --failed {output.failed} 2> {log}"
+
+
+rule assess_checkpoint:
+    input:
+        speeches=flow.results("08_answers/checkpoint_speeches.jsonl"),
+        answers=flow.results("08_answers/{policy}/checkpoint-{checkpoint}.jsonl"),
+        opponent=flow.results("08_answers/opponent.jsonl"),
+        checkpoints=flow.checkpoint_lists,
+        base=flow.policy_base,
+        reward_model=flow.ranking_reward_model,
+        metrics=flow.ranking_metrics,
+    output:
+        assessment=flow.results("08_answers/{policy}/checkpoint-{checkpoint}.assessment.json"),
+    log:
+        flow.logs("assess_checkpoint/{policy}.{checkpoint}.log"),
+    conda:
+        "../envs/train.yaml"
+    threads: 2
+    resources:
+        mem_mb=8000,
+        runtime=120,
+    params:
+        settings=slices.assess_checkpoint,
+        code=code("assess_checkpoint"),
+        weights=flow.checkpoint_weights,
+        base=flow.base_option,
+    message:
+        "Rewards, distance from the base and repetition of checkpoint {wildcards.checkpoint} of {wildcards.policy}"
+    shell:
+        "python scripts/assess_checkpoint.py --speeches {input.speeches} --answers {input.answers} --opponent {input.opponent}"
+        " --checkpoints {input.checkpoints} {params.weights} {params.base} --reward-weights {input.reward_model} --metrics {input.metrics}"
+        " --settings {params.settings:q} --reuse work/cache --out {output.assessment} 2> {log}"
 
 
 use rule judge_answers as judge_checkpoint with:

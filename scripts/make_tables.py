@@ -22,6 +22,7 @@ from psychocounsel.data_tables import (
     pairs_table,
 )
 from psychocounsel.errors import UserError
+from psychocounsel.monitor_views import join_points, monitor_table
 from psychocounsel.policy_tables import agreement_table, difference_table, doubts, length_table, principle_table, win_rate_table
 from psychocounsel.pool import CHOSEN, REJECTED, RESPONSES, SCORE, Pool, splits
 from psychocounsel.records import read_result
@@ -64,9 +65,10 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=[], help="pairs of this run: train, dev and test")
     parser.add_argument("--judge", nargs="*", default=[], help="assessment of the judge of the responses")
     parser.add_argument("--reward-metrics", nargs="*", default=[], help="metrics of reward models and rankers, RewardBench's among them")
-    parser.add_argument("--win-rates", nargs="*", default=[], help="win rates of policies")
+    parser.add_argument("--win-rates", nargs="*", default=[], help="win rates of policies, and of checkpoints")
     parser.add_argument("--differences", nargs="*", default=[], help="differences between policies")
     parser.add_argument("--agreement", nargs="*", default=[], help="agreement of two judges of the answers")
+    parser.add_argument("--assessments", nargs="*", default=[], help="assessments of the same checkpoints")
     parser.add_argument("--contamination", nargs="*", default=[], help="report of near duplicates")
     parser.add_argument("--taxonomy", required=True, help="config/taxonomy.yaml")
     parser.add_argument("--paper", required=True, help="config/paper.yaml: the figures that the paper reports")
@@ -82,13 +84,14 @@ def main() -> None:
         judge = [read_result(run.uses(file), "judge") for file in args.judge]
         metrics = [read_result(run.uses(file), "metrics") for file in args.reward_metrics]
         win_rates = [read_result(run.uses(file), "win_rates") for file in args.win_rates]
+        assessments = [read_result(run.uses(file), "assessment") for file in args.assessments]
         contamination = [read_result(run.uses(file), "contamination") for file in args.contamination]
         differences = [read_result(run.uses(file), "differences") for file in args.differences]
         agreement = [read_result(run.uses(file), "agreement") for file in args.agreement]
         taxonomy = load_registry([run.uses(args.taxonomy)], "taxonomy")["coarse"]
         paper = load_registry([run.uses(args.paper)], "paper")
         records = (speeches, dropped, unanswered, unscored, scores, pairs)
-        results = (judge, metrics, win_rates, contamination, differences, agreement)
+        results = (judge, metrics, win_rates, assessments, contamination, differences, agreement)
         tables = all_tables(*records, *results, taxonomy, paper, settings)
         for table in tables:
             for ending, render in FORMATS.items():
@@ -106,6 +109,7 @@ def all_tables(
     judge: list[dict],
     metrics: list[dict],
     win_rates: list[dict],
+    assessments: list[dict],
     contamination: list[dict],
     differences: list[dict],
     agreement: list[dict],
@@ -138,6 +142,7 @@ def all_tables(
         difference_table(differences[0] if differences else None, topics, paper["win_rates"], settings),
         principle_table(rates, settings),
         agreement_table(agreement[0] if agreement else None, settings),
+        monitor_table(join_points(assessments, win_rates), settings.monitored, settings.title, settings.opponent, settings.judge),
     ]
     tables += [table for table in optional if table.groups]
     doubted = doubts(on_test_pairs, settings)

@@ -3,7 +3,7 @@
 dataset (topics and lengths of speeches), pairs (gaps and lengths), chosen_models and rejected_models (Figures 5 and 6:
 counts, and rates per candidate pair), model_groups (the same rates by size and language), judge_positions (scores by the
 place of a response), win_rates and win_rate_topics (Table 3), training_reward_models and training_policies (loss by step),
-and checkpoints (Figure 4: win rate by checkpoint).
+monitor (where reward and win rate of checkpoints part) and checkpoints (Figure 4: win rate by step).
 A figure is drawn where its inputs are given:
 
   dataset                                         --speeches
@@ -13,7 +13,7 @@ A figure is drawn where its inputs are given:
   win_rates, win_rate_topics                      --win-rates
   training_reward_models                          --reward-logs
   training_policies                               --policy-logs
-  checkpoints                                     --checkpoint-win-rates
+  monitor, checkpoints                            --assessments and --checkpoint-win-rates
 """
 
 import textwrap
@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from psychocounsel.comparisons import SETTING_TITLES
 from psychocounsel.config import load_registry
 from psychocounsel.data_tables import pair_facts
 from psychocounsel.errors import UserError
+from psychocounsel.monitor_views import join_points, plot_checkpoints, plot_monitor
 from psychocounsel.pool import CANDIDATES, ENGLISH, SIDES, Pool, SizeClass, by_language, splits
 from psychocounsel.records import read_result
 from psychocounsel.stage import Settings, Stage, command_line, stage
@@ -38,16 +39,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NO_SCORES = "none of the run's pairs has scores"
-
-
-class Checkpoint(BaseModel):
-    """A point of Figure 4."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    policy: str
-    arm: str
-    step: float
 
 
 class FigureSettings(Settings):
@@ -61,7 +52,8 @@ class FigureSettings(Settings):
     policies: list[str] = Field([], description="order of the policies in the win-rate figures")
     opponent: str = Field(description="title of the opponent")
     judge: str = Field(description="title of the judge")
-    checkpoints: list[Checkpoint] = Field([], description="[{policy, arm, step}]: where in Figure 4 the win rates of a checkpoint stand")
+    monitored: list[str] = Field([], description="policies whose checkpoints are assessed, in their order")
+    ablation: list[str] = Field([], description="those of them that Figure 4 shows")
     note: str | None = Field(None, description="a sentence under every figure")
     starts_at_pairs: bool = Field(False, description="whether the pairs were given: they are the only candidates known then")
     bootstrap: int = Field(2000, description="resamples of the intervals of rates, clustered by speech", ge=1)
@@ -80,7 +72,8 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=[], help="pairs of this run: train, dev and test")
     parser.add_argument("--judge", nargs="*", default=[], help="assessment of the judge of the responses")
     parser.add_argument("--win-rates", nargs="*", default=[], help="win rates of policies")
-    parser.add_argument("--checkpoint-win-rates", nargs="*", default=[], help="win rates of checkpoints (Figure 4)")
+    parser.add_argument("--checkpoint-win-rates", nargs="*", default=[], help="win rates of checkpoints")
+    parser.add_argument("--assessments", nargs="*", default=[], help="assessments of the same checkpoints")
     parser.add_argument("--reward-logs", nargs="*", default=[], metavar="NAME=JSON", help="training logs of reward models")
     parser.add_argument(
         "--policy-logs", nargs="*", default=[], metavar="NAME=JSON", help="training logs of policies; a name again for each further round"
@@ -94,7 +87,8 @@ def main() -> None:
         pairs = [row for file in args.pairs for row in run.read(file, "pair")]
         judge = [read_result(run.uses(file), "judge") for file in args.judge]
         win_rates = [read_result(run.uses(file), "win_rates") for file in args.win_rates]
-        checkpoints = [read_result(run.uses(file), "win_rates") for file in args.checkpoint_win_rates]
+        assessments = [read_result(run.uses(file), "assessment") for file in args.assessments]
+        points = join_points(assessments, [read_result(run.uses(file), "win_rates") for file in args.checkpoint_win_rates])
         topics = {name: entry["title"] for name, entry in load_registry([run.uses(args.taxonomy)], "taxonomy")["coarse"].items()}
         figures: dict[str, Figure] = {}
         if speeches:
@@ -115,8 +109,10 @@ def main() -> None:
             figures["training_reward_models"] = plot_losses(read_logs(run, args.reward_logs), "Bradley-Terry loss", settings)
         if args.policy_logs:
             figures["training_policies"] = plot_losses(read_logs(run, args.policy_logs), "DPO loss", settings)
-        if checkpoints:
-            figures["checkpoints"] = plot_checkpoints(checkpoints, settings)
+        if points:
+            figures["monitor"] = plot_monitor(points, settings.monitored, settings.title, settings.opponent, settings.judge)
+        if settings.ablation:
+            figures["checkpoints"] = plot_checkpoints(points, settings.ablation, settings.title, settings.opponent)
         if not figures:
             raise UserError("no figure can be drawn from these inputs; see --help for what each figure needs")
         from psychocounsel.plotting import note_below, save
@@ -389,43 +385,6 @@ def plot_losses(curves: dict[str, list[tuple[int, float]]], loss: str, settings:
     axes.set(xlabel="optimiser step", ylabel=loss)
     show_counts(axes.xaxis)
     axes.legend(ncols=1 + len(curves) // 7)
-    return figure
-
-
-def plot_checkpoints(win_rates: list[dict], settings: FigureSettings) -> "Figure":
-    """Win rate of each checkpoint, one line an arm (Figure 4), with 95 % intervals; both orders."""
-    from psychocounsel.plotting import COLOURS, MARKERS, canvas
-
-    overall = {row["policy"]: row["protocols"]["robust"]["overall"] for row in win_rates}
-    arms: dict[str, list[tuple[float, dict]]] = {}
-    for point in settings.checkpoints:
-        if point.policy not in overall:
-            raise UserError(f"--checkpoint-win-rates: none are of {point.policy!r}, which the setting checkpoints names")
-        arms.setdefault(point.arm, []).append((point.step, overall[point.policy]))
-    if unplaced := overall.keys() - {point.policy for point in settings.checkpoints}:
-        raise UserError(f"--settings: checkpoints does not say where {sorted(unplaced)[0]!r} stands")
-    figure, (axes,) = canvas(height=3.2)
-    for k, (arm, points) in enumerate(arms.items()):
-        points.sort(key=lambda point: point[0])
-        steps = [step for step, _ in points]
-        axes.plot(
-            steps,
-            [100 * rate["win_rate"] for _, rate in points],
-            color=COLOURS[k % len(COLOURS)],
-            marker=MARKERS[k % len(MARKERS)],
-            label=arm,
-        )
-        axes.fill_between(
-            steps,
-            [100 * rate["low"] for _, rate in points],
-            [100 * rate["high"] for _, rate in points],
-            color=COLOURS[k % len(COLOURS)],
-            alpha=0.12,
-        )
-    axes.axhline(50, color="#666666", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="checkpoint", ylabel=f"win rate against\n{settings.opponent} (%)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
     return figure
 
 

@@ -107,16 +107,12 @@ def check_ranking(metrics: Path, stop: bool) -> None:
 
 def score_samples(run, samples: list[dict], prompts: dict[str, list[dict]]) -> dict[str, float]:
     """Return the reward of each sample by its response id; the same answer to the same speech is read once."""
-    from psychocounsel.rewards import answer_ids, fit_end, load_reward_model, load_tokenizer, rewards
+    from psychocounsel.rewards import text_rewards
 
-    spec, weights = run.settings.model, run.model(run.args.reward_weights)
-    tokenizer = load_tokenizer(spec, weights)
-    model = load_reward_model(spec, weights, tokenizer.pad_token_id)
-    answers = sorted({(sample["speech_id"], sample["text"]) for sample in samples})
-    sequences = [answer_ids(tokenizer, spec, prompts[speech_id], [{"role": "assistant", "content": text}]) for speech_id, text in answers]
-    sequences, cut = fit_end(sequences, run.settings.max_length)
+    settings, weights = run.settings, run.model(run.args.reward_weights)
+    texts = {(sample["speech_id"], sample["text"]) for sample in samples}
+    found, cut = text_rewards(settings.model, weights, prompts, texts, settings.max_length, settings.batch_size)
     run.note(cut_conversations=cut)
-    found = dict(zip(answers, rewards(model, spec, sequences, tokenizer.pad_token_id, run.settings.batch_size), strict=True))
     return {sample["response_id"]: found[sample["speech_id"], sample["text"]] for sample in samples}
 
 

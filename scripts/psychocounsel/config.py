@@ -325,7 +325,7 @@ def reference_errors(study: Study) -> Iterator[str]:
         )
     for index, entry in enumerate(config["policies"]):
         yield from unknown(("policies", index, "base"), entry["base"], "chat model", chat)
-        if entry["method"] == "dpo_iter":
+        if "reward_model" in entry:
             yield from unknown(("policies", index, "reward_model"), entry["reward_model"], "reward model", list(study.reward_models))
 
     rewards = config["reward_evaluation"]
@@ -348,6 +348,15 @@ def reference_errors(study: Study) -> Iterator[str]:
     yield from unknown_each(("evaluation", "policies"), evaluation["policies"], "policy", list(study.policies))
     trained = [name for name, policy in study.policies.items() if policy["method"] != "none"]
     yield from unknown_each(("evaluation", "checkpoints"), evaluation["checkpoints"], "trained policy", trained)
+    for index, name in enumerate(evaluation["checkpoints"]):
+        if name in trained and "reward_model" not in study.policies[name]:
+            yield (
+                f"{locate(('evaluation', 'checkpoints', index), files)}: evaluation.checkpoints[{index}]: the policy {name!r} has no"
+                " reward_model to assess its checkpoints by; give it one in policies, or leave it out here."
+            )
+    yield from unknown_each(
+        ("evaluation", "ablation"), evaluation["ablation"], "policy in evaluation.checkpoints", evaluation["checkpoints"]
+    )
     yield from unknown_each(("report", "crisis_topics"), config["report"]["crisis_topics"], "topic", topics)
 
     prompts = sorted(p.stem for p in Path(config["files"]["prompts"]).glob("*.jinja"))

@@ -23,7 +23,7 @@ from psychocounsel.tables import to_csv
 from psychocounsel.workflow import Workflow
 
 RECORDS = ("speech", "dropped_row", "failure", "unscored", "score", "pair")  # what tables are made of: kinds of records,
-RESULTS = ("judge", "metrics", "win_rates", "contamination", "differences", "agreement")  # and kinds of JSON results
+RESULTS = ("judge", "metrics", "win_rates", "assessment", "contamination", "differences", "agreement")  # and kinds of JSON results
 UNDER = {  # table -> what finds the formula of a cell and what stands under it
     "dataset": data_lineage.under_dataset,
     "topics": data_lineage.under_topics,
@@ -40,6 +40,7 @@ UNDER = {  # table -> what finds the formula of a cell and what stands under it
     "win_rate_differences": policy_lineage.under_differences,
     "win_rate_principles": policy_lineage.under_principles,
     "judge_agreement": policy_lineage.under_agreement,
+    "monitor": policy_lineage.under_monitor,
 }
 
 

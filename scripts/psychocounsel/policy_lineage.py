@@ -7,9 +7,10 @@ single verdicts, by the functions that computed it.
 from pathlib import Path
 
 import parse_judgements
-from psychocounsel import winrates
+from psychocounsel import monitor, winrates
 from psychocounsel.agreement import agreement
 from psychocounsel.explanation import Node
+from psychocounsel.monitor_views import MEASURES, WIN_RATE
 from psychocounsel.policy_tables import SETTINGS, SHORT_TOPICS
 from psychocounsel.record_lineage import RecordLineage
 from psychocounsel.records import read_result
@@ -30,6 +31,10 @@ LENGTHS = {  # columns of the table of lengths -> formula
     "Within 10 % (%)": "100 x share of the policy's answers within 10 % of the words that were asked for",
     "Orders agree (%)": "100 x share of speeches judged alike in both orders",
     "First wins (%)": "100 x share of the judge's verdicts that prefer the answer shown first",
+}
+MONITORED = {  # measures of a checkpoint -> formula, where it is no mean of what stands at each answer
+    "preferred": "share of speeches on which the reward model gives the answer more reward than the opponent's; equal rewards count half",
+    "kl_per_token": "sum of kl over the answers / sum of their tokens",
 }
 AGREEMENT = {  # columns of the table of two judges -> where their figure stands in the result, formula
     "Comparisons": (("n",), "number of comparisons that both judges judged in both orders"),
@@ -52,17 +57,45 @@ def under_win_rates(cell: Cell, run: RecordLineage, settings: TableSettings) -> 
     protocol, formula = PROTOCOLS[cell.row["Source"]]
     if cell.base == "Speeches":
         formula = "number of test speeches that were judged in both orders"
-    return formula, win_rate(cell, run, settings, protocol, topic)
+    return formula, win_rate(cell, run, named(cell.name, settings.policies, settings), setting_of(cell), protocol, topic)
 
 
 def under_lengths(cell: Cell, run: RecordLineage, settings: TableSettings) -> tuple[str, list[Node]]:
     """Answers and judgements behind the win rates."""
-    return LENGTHS[cell.base], win_rate(cell, run, settings, "robust", None)
+    policy = named(cell.name, settings.policies, settings)
+    return LENGTHS[cell.base], win_rate(cell, run, policy, setting_of(cell), "robust", None)
 
 
-def win_rate(cell: Cell, run: RecordLineage, settings: TableSettings, protocol: str, topic: str | None) -> list[Node]:
+def under_monitor(cell: Cell, run: RecordLineage, settings: TableSettings) -> tuple[str, list[Node]]:
+    """A checkpoint's assessment, computed again from what each answer measures, or its win rate."""
+    policy = named(cell.group, settings.monitored, settings)
+    for path in run.inputs(cell.path, "assessment"):
+        result = read_result(Path(path), "assessment")
+        if (result["policy"], str(result["checkpoint"])) == (policy, cell.name):
+            break
+    if cell.base == "Step":
+        return "optimizer steps since the base, through all rounds of training", [Node(f"step {result['step']}", path)]
+    if cell.base == WIN_RATE:
+        return PROTOCOLS["both orders"][1], win_rate(cell, run, result["name"], "free", "robust", None)
+    name, factor = next((name, factor) for column, name, _, factor in MEASURES if column == cell.base)
+    made_with = run.record(path)["identity"]["settings"]
+    again = monitor.summarise(result["answers"], made_with["bootstrap"], made_with["seed"])
+    stored = result["measures"]
+    what = f"{name} of {result['name']}: {stored[name]['value']:.5f}; again from {result['n']} answers: {again[name]['value']:.5f}"
+    node = Node(what, path, agrees=again[name] == stored[name])
+    for answer in run.few(result["answers"]):
+        measures = ", ".join(f"{key} {value:.4g}" for key, value in answer.items() if not key.endswith("_id"))
+        under = Node(f"answer to speech {answer['speech_id']}: {measures}", path)
+        for place in run.find(run.inputs(path, "response"), "response_id", answer["response_id"]):
+            under.under.append(run.response(*place))
+        node.under.append(under)
+    node.more = result["n"] - len(node.under)
+    formula = MONITORED.get(name, "mean over the answers")
+    return f"{factor} x {formula}" if factor > 1 else formula, [node]
+
+
+def win_rate(cell: Cell, run: RecordLineage, policy: str, setting: str, protocol: str, topic: str | None) -> list[Node]:
     """A policy's win rate, computed again from the judgements."""
-    policy, setting = named(cell.name, settings.policies, settings), setting_of(cell)
     if (found := win_rate_file(cell, run, policy, setting)) is None:
         return []
     path, result = found

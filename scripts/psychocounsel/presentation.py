@@ -84,7 +84,8 @@ class Presentation:
         ours = [name for name in flow.reward_models if name not in ablation]
         rewards = [("Published reward models", flow.baselines), ("Prompted rankers", flow.rankers), ("Reward models of this run", ours)]
         data = [OURS, *flow.sources, *flow.general_preferences]
-        names = [*data, *flow.pool, *flow.baselines, *flow.rankers, *flow.reward_models, *flow.policies]
+        policies = dict.fromkeys([*flow.policies, *self.config["evaluation"]["checkpoints"]])
+        names = [*data, *flow.pool, *flow.baselines, *flow.rankers, *flow.reward_models, *policies]
         return dict(
             titles=self.titles(names),
             pool=self.size_classes(),
@@ -94,6 +95,7 @@ class Presentation:
                 {"model": name, "base": self.title(self.study.reward_models[name]["base"]), "data": self.data(name)} for name in ablation
             ],
             policies=flow.policies,
+            monitored=self.config["evaluation"]["checkpoints"],
             ranked_by=self.ranked_by(),
             opponent=self.opponent,
             judge=self.judge_of_answers,
@@ -116,11 +118,13 @@ class Presentation:
         names += ["reward_models", "reward_ablation", "win_rates", "lengths"]
         names += ["win_rate_differences"] if self.flow.differences() else []
         names += ["win_rate_principles"] if self.flow.policies and self.config["evaluation"]["protocol"] == "one_by_one" else []
-        return names + (["judge_agreement"] if self.second_judge else [])
+        names += ["judge_agreement"] if self.second_judge else []
+        return names + (["monitor"] if self.flow.assessments() else [])
 
     def table_options(self) -> str:
         """The optional inputs of make_tables as command-line options."""
         options = {"--differences": self.flow.differences(), "--agreement": self.flow.agreement_of_judges()}
+        options |= {"--assessments": self.flow.assessments()}
         return " ".join(option(flag, files) for flag, files in options.items() if files)
 
     def figures(self) -> list[str]:
@@ -130,12 +134,13 @@ class Presentation:
         names += ["win_rates", "win_rate_topics"] if self.flow.policies else []
         names += ["training_reward_models"] if self.reward_logs() else []
         names += ["training_policies"] if self.policy_logs() else []
-        return names + (["checkpoints"] if self.flow.checkpoint_win_rates() else [])
+        names += ["monitor"] if self.flow.assessments() else []
+        return names + (["checkpoints"] if self.config["evaluation"]["ablation"] else [])
 
     @settings
     def plot_figures(self, wildcards) -> dict:
         """Titles and order of the figures' series."""
-        flow, judged = self.flow, self.config["evaluation"]["checkpoints"]
+        flow = self.flow
         return dict(
             titles=self.titles([*flow.pool, *flow.reward_models, *flow.study.policies]) | dict(self.ratings()["principles"]),
             pool=self.size_classes(),
@@ -143,11 +148,8 @@ class Presentation:
             policies=flow.policies,
             opponent=self.opponent,
             judge=self.judge_of_answers,
-            checkpoints=[
-                {"policy": f"{policy}.checkpoint-{number}", "arm": self.title(policy), "step": number}
-                for policy in judged
-                for number in range(1, self.study.policies[policy].get("checkpoints", 1) + 1)
-            ],
+            monitored=self.config["evaluation"]["checkpoints"],
+            ablation=self.config["evaluation"]["ablation"],
             note=self.config["note"],
             starts_at_pairs=flow.starts_at_pairs,
             bootstrap=self.config["evaluation"]["bootstrap"],
@@ -172,6 +174,7 @@ class Presentation:
         policies = [f"{policy}={log}" for policy in self.flow.trained_policies for log in self._rounds(policy)]
         options = {
             "--checkpoint-win-rates": self.flow.checkpoint_win_rates(),
+            "--assessments": self.flow.assessments(),
             "--reward-logs": rewards,
             "--policy-logs": policies,
         }

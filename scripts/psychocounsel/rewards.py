@@ -99,6 +99,22 @@ def policy_rows(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, pairs: list
     return rows, cut
 
 
+def generated_ids(
+    tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, prompt: list[dict], text: str, *, finished: bool
+) -> tuple[list[int], list[int]]:
+    """Return (prompt ids, answer ids) of an answer as a policy generated it.
+
+    The answer ends with the token that ended its turn, or, where it was not `finished`, with its last word; what the template
+    adds after a turn was not generated.
+    """
+    whole = answer_ids(tokenizer, spec, prompt, [{"role": "assistant", "content": text}])
+    opened = chat_ids(tokenizer, spec, conversation(spec, prompt), add_generation_prompt=True)
+    start = len(os.path.commonprefix([opened, whole]))
+    answer, special = whole[start:], set(tokenizer.all_special_ids)
+    end = max((place for place, token in enumerate(answer) if token in special), default=len(answer))
+    return whole[:start], answer[: end + finished]
+
+
 def pad_batch(sequences: list[list[int]], pad_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids, mask), both (sequences, longest), padded on one side."""
     width = max(map(len, sequences))
@@ -204,6 +220,18 @@ def rewards(model: PreTrainedModel, spec: ModelSpec, sequences: list[list[int]],
     return found
 
 
+def text_rewards(
+    spec: ModelSpec, weights: Path, prompts: dict[str, list[dict]], texts: set[tuple[str, str]], max_length: int, batch_size: int
+) -> tuple[dict[tuple[str, str], float], int]:
+    """Return the reward of each answer, given as (key of its prompt, text), and how many conversations were cut."""
+    tokenizer = load_tokenizer(spec, weights)
+    model = load_reward_model(spec, weights, tokenizer.pad_token_id)
+    ordered = sorted(texts)
+    sequences = [answer_ids(tokenizer, spec, prompts[key], [{"role": "assistant", "content": text}]) for key, text in ordered]
+    sequences, cut = fit_end(sequences, max_length)
+    return dict(zip(ordered, rewards(model, spec, sequences, tokenizer.pad_token_id, batch_size), strict=True)), cut
+
+
 def pair_rewards(model: PreTrainedModel, spec: ModelSpec, rows: list[dict], pad_id: int, batch_size: int) -> list[tuple[float, float]]:
     """Return (reward of chosen, reward of rejected) for each of the `reward_rows`."""
     found = rewards(model, spec, [row[side] for row in rows for side in ("chosen_ids", "rejected_ids")], pad_id, batch_size)
@@ -214,16 +242,9 @@ def answer_log_probs(model: PreTrainedModel, answers: list[tuple[list[int], list
     """Return log p(answer | prompt) in nats for each (prompt ids, answer ids), summed over the answer's tokens."""
 
     def read(chunk: list[tuple[list[int], list[int]]]) -> list[float]:
-        ids, mask = pad_batch([prompt + answer for prompt, answer in chunk], pad_id, "left")  # so that the answers' ends align
-        longest = max(len(answer) for _, answer in chunk)
+        ids, logits = _answer_logits(model, chunk, pad_id)
+        longest = logits.shape[1]
         answer_mask = torch.arange(longest) >= torch.tensor([[longest - len(answer)] for _, answer in chunk])
-        logits = model(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            position_ids=_positions(mask).to(model.device),
-            use_cache=False,
-            logits_to_keep=longest + 1,
-        ).logits[:, :-1]  # (answers, longest, vocabulary): the place before each token of an answer
         targets = ids[:, -longest:, None].to(logits.device)
         token_log_probs = logits.float().log_softmax(-1).gather(-1, targets)[..., 0]
         return (token_log_probs * answer_mask.to(logits.device)).sum(-1).tolist()
@@ -238,15 +259,48 @@ def pair_log_ratios(model: PreTrainedModel, rows: list[dict], pad_id: int, batch
     return [chosen - rejected for chosen, rejected in zip(found[::2], found[1::2], strict=True)]
 
 
+def divergences(
+    policy: PreTrainedModel, base: PreTrainedModel, answers: list[tuple[list[int], list[int]]], pad_id: int, batch_size: int
+) -> list[tuple[float, float]]:
+    """Return, in nats for each (prompt ids, answer ids): log p(answer) under the policy minus under the base, and the sum over the
+    answer's tokens of the KL divergence between what both models would say in their place."""
+
+    def read(chunk: list[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
+        (_, ours), (_, theirs) = (_answer_logits(model, chunk, pad_id) for model in (policy, base))
+        found = []
+        for (_, answer), row, other in zip(chunk, ours, theirs, strict=True):  # one by one: a whole vocabulary in float32 is large
+            log_p, log_q = (logits[len(logits) - len(answer) :].to(row.device).float().log_softmax(-1) for logits in (row, other))
+            ratio = log_p - log_q
+            said = ratio.gather(-1, torch.tensor(answer, dtype=torch.long, device=row.device)[:, None])
+            found.append((said.sum().item(), (log_p.exp() * ratio).sum().item()))
+        return found
+
+    return by_length(answers, batch_size, read, length=lambda pair: len(pair[0]) + len(pair[1]), what="divergences")
+
+
+def _answer_logits(model: PreTrainedModel, chunk: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids, (answers, longest conversation), and logits, (answers, longest answer, vocabulary), at the places before the tokens
+    of the answers; both are padded on the left, so that the answers' ends align."""
+    ids, mask = pad_batch([prompt + answer for prompt, answer in chunk], pad_id, "left")
+    logits = model(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=_positions(mask).to(model.device),
+        use_cache=False,
+        logits_to_keep=max(len(answer) for _, answer in chunk) + 1,
+    ).logits
+    return ids, logits[:, :-1]
+
+
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     """Return each token's place in its own sequence, however it is padded."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def by_length(items: list, batch_size: int, read: Callable[[list], list[float]], length: Callable, what: str) -> list[float]:
+def by_length(items: list, batch_size: int, read: Callable[[list], list], length: Callable, what: str) -> list:
     """Read items in batches of like length, the longest first, so that little is padded; return the values in the given order."""
     order = sorted(range(len(items)), key=lambda i: -length(items[i]))
-    values = [0.0] * len(items)
+    values: list = [None] * len(items)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]

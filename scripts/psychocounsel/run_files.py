@@ -43,6 +43,7 @@ KINDS = [  # files of a run -> what stands in them; the first that fits
     ("06_reward_models/*rankings.jsonl", "ranking_answer"),
     ("06_reward_models/*/metrics.json", "metrics"),
     ("06_reward_models/*/benchmark.json", "metrics"),
+    ("08_answers/*.assessment.json", "assessment"),
     ("08_answers/*.jsonl", "response"),
     ("09_judgements/*.answers.jsonl", "judgement_answer"),
     ("09_judgements/*.jsonl", "judgement"),

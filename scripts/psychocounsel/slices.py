@@ -360,6 +360,23 @@ class Slices:
         model = self.spec(self.study.policies[wildcards.policy]["base"], name=checkpoint_name(wildcards))
         return self._generation(model, self.config["responses"]["prompt"])
 
+    @settings
+    def assess_checkpoint(self, wildcards) -> dict:
+        """A checkpoint's base, the reward model that it is assessed by, and the intervals."""
+        entry = self.study.policies[wildcards.policy]
+        reward_base = self.study.reward_models[entry["reward_model"]]["base"]
+        return dict(
+            policy=wildcards.policy,
+            checkpoint=int(wildcards.checkpoint),
+            name=checkpoint_name(wildcards),
+            model=self.spec(entry["base"]),
+            reward_model=self.spec(reward_base, name=entry["reward_model"]),
+            prompt=self.study.prompt(self.config["responses"]["prompt"]),
+            bootstrap=self.config["evaluation"]["bootstrap"],
+            seed=self.config["seed"],
+            **self._scoring(),
+        )
+
     def _judgement(self, policy: str, setting: str, judge: str = "judge") -> dict:
         evaluation = self.config["evaluation"]
         return dict(

@@ -62,6 +62,7 @@ class TableSettings(Settings):
     reward_models: list[Group] = Field([], description="[{title, models}]: the rows of Table 1")
     ablation: list[Ablation] = Field([], description="[{model, base, data}]: the rows of Table 2")
     policies: list[str] = Field([], description="the rows of Table 3")
+    monitored: list[str] = Field([], description="policies whose checkpoints are assessed, in their order")
     ranked_by: dict[str, str] = Field({}, description="policy -> the reward model on whose rewards it was trained")
     opponent: str = Field(description="title of the opponent")
     judge: str = Field(description="title of the judge of the answers")

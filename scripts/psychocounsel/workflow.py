@@ -314,9 +314,35 @@ class Workflow:
             for number in range(1, entry.get("checkpoints", 1) + 1)
         )
 
+    # Checkpoints that are judged and assessed, numbered through all rounds of a policy's training
+
+    def monitored(self) -> list[tuple[str, int]]:
+        """The policies whose checkpoints are judged, each with the numbers of its checkpoints."""
+        policies = {name: self.study.policies[name] for name in self.config["evaluation"]["checkpoints"]}
+        counts = {name: entry.get("iterations", 1) * entry.get("checkpoints", 1) for name, entry in policies.items()}
+        return [(name, number) for name, count in counts.items() for number in range(1, count + 1)]
+
+    def _place(self, wildcards) -> tuple[int, int]:
+        """The round of a numbered checkpoint, and its number within the round."""
+        before, place = divmod(int(wildcards.checkpoint) - 1, self.study.policies[wildcards.policy].get("checkpoints", 1))
+        return before + 1, place + 1
+
+    def checkpoint_list(self, wildcards) -> str:
+        """The list of checkpoints of a numbered checkpoint's round."""
+        return f"{self._round(wildcards.policy, self._place(wildcards)[0])}/checkpoints.json"
+
+    def checkpoint_lists(self, wildcards) -> list[str]:
+        """The lists of checkpoints of all rounds up to a numbered checkpoint's."""
+        return [f"{self._round(wildcards.policy, i)}/checkpoints.json" for i in range(1, self._place(wildcards)[0] + 1)]
+
     def checkpoint_weights(self, wildcards) -> str:
-        """--weights of a checkpoint of a policy's first round."""
-        return option("--weights", [f"{self._round(wildcards.policy, 1)}/checkpoints/{wildcards.checkpoint}/manifest.json"])
+        """--weights of a numbered checkpoint."""
+        iteration, number = self._place(wildcards)
+        return option("--weights", [f"{self._round(wildcards.policy, iteration)}/checkpoints/{number}/manifest.json"])
+
+    def base_option(self, wildcards) -> str:
+        """--base with the local weights of a policy's base; nothing for one of the Hub."""
+        return option("--base", self.policy_base(wildcards))
 
     def policy_base(self, wildcards) -> list[str]:
         """Local weights of a policy's base."""
@@ -370,12 +396,12 @@ class Workflow:
         return [self.results(f"09_judgements/{SECOND_JUDGE}agreement.json")] if len(self.judges_of_answers) > 1 else []
 
     def checkpoint_win_rates(self) -> list[str]:
-        """The win rates of all checkpoints of the policies in Figure 4."""
-        return [
-            self.results(f"09_judgements/{policy}/checkpoint-{number}.win_rates.json")
-            for policy in self.config["evaluation"]["checkpoints"]
-            for number in range(1, self.study.policies[policy].get("checkpoints", 1) + 1)
-        ]
+        """The win rates of all checkpoints that are judged."""
+        return [self.results(f"09_judgements/{policy}/checkpoint-{number}.win_rates.json") for policy, number in self.monitored()]
+
+    def assessments(self) -> list[str]:
+        """The assessments of the same checkpoints."""
+        return [self.results(f"08_answers/{policy}/checkpoint-{number}.assessment.json") for policy, number in self.monitored()]
 
 
 def weights_name(weights: dict) -> str:

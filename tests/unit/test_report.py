@@ -196,13 +196,6 @@ def test_nothing_to_draw_is_an_error(tmp_path):
     assert "no figure can be drawn" in done.stderr
 
 
-def test_a_checkpoint_must_have_its_place(run, tmp_path):
-    words = [*COMMON, "--checkpoint-win-rates", run / "wins.json", "--out-dir", tmp_path]
-    assert "does not say where 'p' stands" in program("plot_figures", *words, opponent="O", judge="J").stderr
-    succeed("plot_figures", *words, opponent="O", judge="J", checkpoints=[{"policy": "p", "arm": "offline", "step": 5}])
-    assert (tmp_path / "checkpoints.svg").is_file()
-
-
 def test_report_is_self_contained_escaped_and_tells_what_was_dropped(run, tmp_path):
     succeed("write_report", *report_inputs(run), "--out", tmp_path / "report.html", **report_settings())
     html = (tmp_path / "report.html").read_text()

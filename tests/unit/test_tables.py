@@ -203,7 +203,7 @@ def test_a_reward_model_at_chance_is_flagged_in_every_table_that_it_bears_on():
         reported={"policies": {"iterated": "Llama3-3B"}},
     )
     rates = [win_rates(policy, setting) for policy in options.policies for setting in ("free", "length")]
-    made = all_tables([], [], [], [], [], [], [], [metrics("coin", at_chance=True)], rates, [], [], [], TAXONOMY, PAPER, options)
+    made = all_tables([], [], [], [], [], [], [], [metrics("coin", at_chance=True)], rates, [], [], [], [], TAXONOMY, PAPER, options)
     flagged = {(table.name, row.cells[0]) for table in made for _, row in table.rows() if any("better than chance" in n for n in row.notes)}
     assert flagged == {("reward_models", "Coin"), ("reward_ablation", "B"), ("win_rates", "iterated"), ("lengths", "iterated")}
     rows = [row for table in made for _, row in table.rows() if table.name == "win_rates" and row.cells[0] == "iterated"]

@@ -72,6 +72,8 @@ def calls(flow: Workflow) -> list[tuple[str, str]]:
         checkpoint = w(policy=policy, checkpoint="1")
         found += [("generate_responses", slices.answer_checkpoint(checkpoint)), ("judge_answers", slices.judge_checkpoint(checkpoint))]
         found.append(("compute_win_rates", slices.compute_checkpoint_win_rate(checkpoint)))
+        if policy in flow.config["evaluation"]["checkpoints"]:
+            found.append(("assess_checkpoint", slices.assess_checkpoint(checkpoint)))
     for policy in flow.iterative_policies:
         for name in ("sample_prompts", "rank_samples"):
             found.append((name, getattr(slices, name)(w(policy=policy, iteration="1"))))
@@ -168,6 +170,23 @@ def test_rounds_chain_from_the_base_to_the_last(flow):
             assert flow.round_before(later) == [flow.results(f"07_policies/{policy}/iteration-{earlier.iteration}/checkpoints.json")]
             assert f"iteration-{earlier.iteration}/" in flow.sampling_weights(later)
         assert len(flow.candidates(where[0]).split()) == last * flow.study.policies[policy].get("checkpoints", 1)
+
+
+def test_checkpoints_are_numbered_through_all_rounds(flow):
+    """Against a walk over the rounds: each checkpoint has one number, and is found in its own round."""
+    for policy in flow.trained_policies:
+        entry, number = flow.study.policies[policy], 0
+        for iteration in range(1, entry.get("iterations", 1) + 1):
+            for k in range(1, entry.get("checkpoints", 1) + 1):
+                number += 1
+                where = Wildcards(policy=policy, checkpoint=str(number))
+                folder = flow.results(f"07_policies/{policy}/iteration-{iteration}")
+                assert flow.checkpoint_weights(where) == f"--weights {folder}/checkpoints/{k}/manifest.json"
+                assert flow.checkpoint_list(where) == flow.checkpoint_lists(where)[-1] == f"{folder}/checkpoints.json"
+                assert len(flow.checkpoint_lists(where)) == iteration
+        assert number == len(flow.candidates(where).split())
+        assert (policy in flow.config["evaluation"]["checkpoints"]) == ((policy, number) in flow.monitored())
+        assert (policy, number + 1) not in flow.monitored()
 
 
 def rules() -> list[tuple[str, str]]:

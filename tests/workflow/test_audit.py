@@ -45,6 +45,7 @@ TABLES = [
     "lengths",
     "win_rate_differences",
     "judge_agreement",
+    "monitor",
 ]
 SCORES, PAIRS = RUN / "04_ratings/scores.jsonl", RUN / "05_pairs/train.jsonl"
 WEIGHTS = RUN / "06_reward_models/micro-reward/model/model.safetensors"

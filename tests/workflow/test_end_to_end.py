@@ -33,6 +33,8 @@ KINDS = {  # files of a run -> their record type
     "07_policies/*/*/samples.jsonl": "response",
     "07_policies/*/*/rewards.jsonl": "reward",
     "07_policies/*/*/pairs.jsonl": "pair",
+    "08_answers/checkpoint_speeches.jsonl": "speech",
+    "08_answers/*/checkpoint-?.jsonl": "response",
     "08_answers/*/free.jsonl": "response",
     "08_answers/*/length.jsonl": "response",
     "09_judgements/*/*.answers.jsonl": "judgement_answer",
@@ -100,7 +102,7 @@ def test_models_are_whole_and_differ(project, finished):
 
 def test_tables_have_no_empty_cell(project, finished):
     tables = sorted(project.path("10_tables").glob("*.csv"))
-    assert len(tables) == 16
+    assert len(tables) == 17
     for table in tables:
         for row in csv.DictReader(table.open()):
             assert all(cell.strip() and cell.strip().lower() != "nan" for name, cell in row.items() if name != "notes"), (table.name, row)
@@ -138,6 +140,20 @@ def test_the_judges_agreement_follows_from_both_judges_files(project, finished):
         assert len(second) == 4 < len(first)
         by_hand = sum(first[speech] == second[speech] for speech in second) / 4
         assert row["protocols"]["robust"]["agreement"]["value"] == pytest.approx(by_hand)
+
+
+def test_checkpoints_of_all_rounds_are_monitored(project, finished):
+    steps = {
+        (row["group"], row["Checkpoint"]): (row["Step"], row["notes"])
+        for row in csv.DictReader(project.path("10_tables/monitor.csv").open())
+    }
+    assert {place: step for place, (step, _) in steps.items()} == {
+        ("micro-dpo", "1"): "1", ("micro-dpo", "2"): "2", ("micro-dpo-iter", "1"): "2", ("micro-dpo-iter", "2"): "4",
+    }  # fmt: skip
+    at_chance = json.loads(project.path("06_reward_models/micro-reward/metrics.json").read_text())["at_chance"]
+    assert {"not shown to rank better than chance" in notes for _, notes in steps.values()} == {at_chance}
+    for figure in ("monitor", "checkpoints"):
+        assert project.path(f"11_figures/{figure}.png").stat().st_size > 5000
 
 
 def test_every_result_has_a_provenance_record(project, finished):

@@ -27,8 +27,8 @@ READERS = {  # rule -> rules that read its outputs
     "select_speeches": "label_topics split_speeches make_tables",
     "label_topics": "split_speeches",
     "split_speeches": "assign_models generate_responses rate_responses rate_again build_pairs report_contamination sample_prompts"
-    " answer_opponent answer_speeches judge_answers compute_win_rates compare_policies sample_judged_again make_tables plot_figures"
-    " write_release choose_cases summarise_run",
+    " sample_test_speeches answer_opponent answer_speeches judge_answers compute_win_rates compare_policies sample_judged_again"
+    " make_tables plot_figures write_release choose_cases summarise_run",
     "assign_models": "generate_responses",
     "generate_responses": "rate_responses rate_again score_responses build_pairs make_tables write_release",
     "rate_responses": "parse_ratings",
@@ -40,17 +40,18 @@ READERS = {  # rule -> rules that read its outputs
     "build_pairs": "report_contamination train_reward_model score_pairs rank_pairs evaluate_rewards evaluate_rankings train_policy"
     " select_checkpoint make_tables plot_figures write_release summarise_run",
     "report_contamination": "make_tables",
-    "train_reward_model": "score_pairs rank_samples plot_figures",
+    "train_reward_model": "score_pairs rank_samples assess_checkpoint plot_figures",
     "score_pairs": "evaluate_rewards",
     "rank_pairs": "evaluate_rankings",
-    "evaluate_rewards": "make_tables write_cards summarise_run",
+    "evaluate_rewards": "assess_checkpoint make_tables write_cards summarise_run",
     "evaluate_rankings": "make_tables write_cards summarise_run",
     "sample_prompts": "sample_responses rank_samples",
     "sample_responses": "rank_samples",
     "rank_samples": "train_policy",
-    "train_policy": "sample_responses train_policy select_checkpoint plot_figures",
+    "train_policy": "sample_responses train_policy select_checkpoint answer_checkpoint assess_checkpoint plot_figures",
     "select_checkpoint": "answer_speeches",
-    "answer_opponent": "answer_speeches judge_answers judge_again compute_win_rates choose_cases",
+    "answer_opponent": "answer_speeches judge_answers judge_again compute_win_rates choose_cases judge_checkpoint"
+    " compute_checkpoint_win_rate assess_checkpoint",
     "answer_speeches": "judge_answers judge_again compute_win_rates choose_cases",
     "judge_answers": "parse_judgements",
     "parse_judgements": "compute_win_rates compare_policies compare_judges choose_cases",
@@ -60,6 +61,12 @@ READERS = {  # rule -> rules that read its outputs
     "parse_judged_again": "compare_judges",
     "compare_judges": "make_tables",
     "compute_win_rates": "make_tables plot_figures write_cards summarise_run",
+    "sample_test_speeches": "answer_checkpoint judge_checkpoint compute_checkpoint_win_rate assess_checkpoint",
+    "answer_checkpoint": "judge_checkpoint compute_checkpoint_win_rate assess_checkpoint",
+    "judge_checkpoint": "parse_checkpoint",
+    "parse_checkpoint": "compute_checkpoint_win_rate",
+    "compute_checkpoint_win_rate": "make_tables plot_figures",
+    "assess_checkpoint": "make_tables plot_figures",
     "make_tables": "write_report",
     "choose_cases": "write_report",
     "plot_figures": "write_report",
@@ -70,7 +77,7 @@ READERS = {  # rule -> rules that read its outputs
 }
 ASKING = (
     "label_topics generate_responses rate_responses rate_again rank_pairs sample_responses answer_opponent answer_speeches judge_answers"
-    " judge_again"
+    " judge_again answer_checkpoint judge_checkpoint"
 )
 EVERY = " ".join(READERS)
 CLIENT_EDIT = ('reason, raw, spent = "", []', 'reason, raw, spent = "none", []')  # in code that every stage which asks runs
@@ -159,13 +166,13 @@ MATRIX = [
     (
         "one principle's definition",
         text("config/principles.yaml", "genuine empathy", "true empathy"),
-        "rate_responses rate_again judge_answers judge_again",
+        "rate_responses rate_again judge_answers judge_again judge_checkpoint",
         {},
     ),
     (
         "a principle's name",
         text("config/principles.yaml", "Clarity and C", "Clearness and C"),
-        "rate_responses rate_again judge_answers judge_again make_tables plot_figures write_release",
+        "rate_responses rate_again judge_answers judge_again judge_checkpoint make_tables plot_figures write_release",
         {},
     ),
     (
@@ -178,7 +185,7 @@ MATRIX = [
     (
         "the responding prompt",
         text("config/prompts/respond.jinja", "{{", "Client: {{"),
-        "generate_responses build_pairs sample_responses rank_samples answer_opponent answer_speeches",
+        "generate_responses build_pairs sample_responses rank_samples answer_opponent answer_speeches answer_checkpoint assess_checkpoint",
         {},
     ),
     (
@@ -245,7 +252,7 @@ MATRIX = [
     (
         "a module of several programs",
         text("scripts/psychocounsel/winrates.py", "0.5", "0.25"),
-        "compute_win_rates compare_policies compare_judges choose_cases",
+        "compute_win_rates compare_policies compare_judges choose_cases compute_checkpoint_win_rate assess_checkpoint",
         {},
     ),
     ("the chat client", text("scripts/psychocounsel/chat.py", *CLIENT_EDIT), ASKING, {}),
@@ -281,7 +288,7 @@ MATRIX = [
     (
         "two values of one rule, swapped",
         study(reward_evaluation={"max_length": 8, "batch_size": 768}),
-        "score_pairs rank_samples select_checkpoint",
+        "score_pairs rank_samples select_checkpoint assess_checkpoint",
         {"train_reward_model": 0},
     ),
     ("the resamples of a reward model's metrics", study(reward_evaluation={"bootstrap": 60}), "evaluate_rewards evaluate_rankings", {}),
