@@ -29,7 +29,6 @@ from psychocounsel.monitor import repetition, summarise
 from psychocounsel.prompts import render
 from psychocounsel.records import file_sha256, read_result, validator
 from psychocounsel.stage import Settings, Stage, add_reuse_argument, command_line, log, stage
-from psychocounsel.winrates import words
 
 
 class AssessmentSettings(Settings):
@@ -87,7 +86,7 @@ def main() -> None:
                 "reward": rewards[speech, answers[speech]["text"]],
                 "opponent_reward": rewards[speech, opponent[speech]["text"]],
                 **divergences[speech],
-                "words": words(answers[speech]["text"]),
+                "words": len(answers[speech]["text"].split()),
                 "truncated": answers[speech]["finish_reason"] == "length",
                 "repetition": repetition(answers[speech]["text"]),
             }

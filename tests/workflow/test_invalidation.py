@@ -252,7 +252,7 @@ MATRIX = [
     (
         "a module of several programs",
         text("scripts/psychocounsel/winrates.py", "0.5", "0.25"),
-        "compute_win_rates compare_policies compare_judges choose_cases compute_checkpoint_win_rate assess_checkpoint",
+        "compute_win_rates compare_policies compare_judges choose_cases compute_checkpoint_win_rate",
         {},
     ),
     ("the chat client", text("scripts/psychocounsel/chat.py", *CLIENT_EDIT), ASKING, {}),
