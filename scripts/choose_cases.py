@@ -113,7 +113,7 @@ def case_table(groups: dict[str, list[Row]], settings: CaseSettings) -> Table:
         *([settings.note] if settings.note else []),
     ]
     title = f"Case studies: {settings.policy} and {settings.opponent} (Tables 4 and 7)"
-    return Table("case_studies", title, ["", "Text"], list(groups.items()), notes)
+    return Table("case_studies", title, ["Part", "Text"], list(groups.items()), notes)
 
 
 if __name__ == "__main__":

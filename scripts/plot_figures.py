@@ -52,6 +52,9 @@ class FigureSettings(Settings):
     policies: list[str] = Field([], description="order of the policies in the win-rate figures")
     opponent: str = Field(description="title of the opponent")
     judge: str = Field(description="title of the judge")
+    reported: dict[str, dict[str, float]] = Field(
+        {}, description="{free, length}: policy -> overall win rate, in percent, that the paper reports of it"
+    )
     monitored: list[str] = Field([], description="policies whose checkpoints are assessed, in their order")
     ablation: list[str] = Field([], description="those of them that Figure 4 shows")
     note: str | None = Field(None, description="a sentence under every figure")
@@ -286,47 +289,48 @@ def plot_judge_positions(positions: dict, settings: FigureSettings) -> "Figure":
     return figure
 
 
-def intervals(axes: "Axes", rates: list[tuple[float, dict]], colour: str, marker: str, label: str) -> None:
+def intervals(axes: "Axes", rates: list[tuple[float, dict]], colour: str, marker: str, label: str, **changes) -> None:
     """Draw estimates in percent with their 95 % intervals, each at its place on the vertical axis."""
     values = np.array([[rate["value"], rate["value"] - rate["low"], rate["high"] - rate["value"]] for _, rate in rates]).reshape(-1, 3)
-    style = {"fmt": marker, "color": colour, "capsize": 2, "elinewidth": 1.1, "markersize": 4, "label": label}
+    style = {"fmt": marker, "color": colour, "capsize": 2, "elinewidth": 1.1, "markersize": 4, "label": label} | changes
     axes.errorbar(100 * values[:, 0], [place for place, _ in rates], xerr=100 * values[:, 1:].T.clip(min=0), **style)
 
 
 def plot_win_rates(win_rates: list[dict], settings: FigureSettings) -> "Figure":
-    """Overall win rates by policy, one panel a setting, one mark a protocol, with 95 % intervals."""
-    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+    """Overall win rates by policy, one panel a setting, one mark a protocol, with 95 % intervals; beside them the paper's."""
+    from psychocounsel.plotting import COLOURS, GREY, MARKERS, canvas
 
     shown = settings_in_order(win_rates)
     policies = policies_in_order(win_rates, settings)[::-1]
-    figure, panels = canvas(1, len(shown), width=3.4 * len(shown) + 1.2, height=1.5 + 0.36 * len(policies), sharey=True)
+    figure, panels = canvas(1, len(shown), width=3.4 * len(shown) + 1.2, height=1.6 + 0.36 * len(policies), sharey=True)
     for axes, setting in zip(panels, shown, strict=True):
-        by_policy = {row["policy"]: row for row in win_rates if row["setting"] == setting}
-        for k, (protocol, label) in enumerate((("paper", "one order (paper)"), ("robust", "both orders"))):
-            places = [i + 0.14 - 0.28 * k for i, policy in enumerate(policies) if policy in by_policy]
-            rates = [by_policy[policy]["protocols"][protocol]["overall"] for policy in policies if policy in by_policy]
-            axes.errorbar(
-                [100 * rate["win_rate"] for rate in rates],
-                places,
-                xerr=np.array([[100 * (rate["win_rate"] - rate["low"]), 100 * (rate["high"] - rate["win_rate"])] for rate in rates]).T,
-                fmt=MARKERS[k],
-                color=COLOURS[k],
-                capsize=2,
-                elinewidth=1.2,
-                label=label,
-            )
+        by_policy = {row["policy"]: row["protocols"] for row in win_rates if row["setting"] == setting}
+        judged = [(place, policy) for place, policy in enumerate(policies) if policy in by_policy]
+        for k, (protocol, label) in enumerate((("paper", "one order"), ("robust", "both orders"))):
+            rates = [(place + 0.22 - 0.22 * k, as_estimate(by_policy[policy][protocol]["overall"])) for place, policy in judged]
+            intervals(axes, rates, COLOURS[k], MARKERS[k], label)
+        if known := {place: settings.reported[setting][policy] for place, policy in judged if policy in settings.reported.get(setting, {})}:
+            style = {"fmt": MARKERS[3], "color": GREY, "fillstyle": "none", "markersize": 4.5, "label": "paper, one order"}
+            axes.errorbar([*known.values()], [place - 0.22 for place in known], **style)
         axes.axvline(50, color="#666666", linewidth=0.8, linestyle="--")
         axes.set(title=SETTING_TITLES[setting], xlabel=f"win rate against {settings.opponent} (%)", xlim=(-2, 102))
         axes.set_yticks(range(len(policies)), [settings.title(policy) for policy in policies])
         axes.set_ylim(-0.6, len(policies) - 0.4)
         axes.grid(axis="y", visible=False)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside upper right",
-        ncols=2,
-        title=f"judged by {settings.judge}",
-    )
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, title=judged_by(win_rates, settings))
     return figure
+
+
+def judged_by(win_rates: list[dict], settings: FigureSettings) -> str:
+    """Return who judged, and on how many test speeches."""
+    counts = sorted({row["protocols"]["robust"]["overall"]["n"] for row in win_rates})
+    speeches = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
+    return f"judged by {settings.judge} on {speeches} test speeches"
+
+
+def as_estimate(rate: dict) -> dict:
+    """Return a win rate as an estimate."""
+    return {"value": rate["win_rate"], "low": rate["low"], "high": rate["high"]}
 
 
 def plot_win_rate_topics(win_rates: list[dict], topics: dict[str, str], settings: FigureSettings) -> "Figure":
@@ -341,19 +345,10 @@ def plot_win_rate_topics(win_rates: list[dict], topics: dict[str, str], settings
     for axes, setting in zip(panels, shown, strict=True):
         by_policy = {row["policy"]: row["protocols"]["robust"]["topics"] for row in win_rates if row["setting"] == setting}
         for k, policy in enumerate(policies):
-            rates = [(i + spread[k], by_policy[policy][name]) for i, name in enumerate(names) if name in by_policy.get(policy, {})]
-            axes.errorbar(
-                [100 * rate["win_rate"] for _, rate in rates],
-                [place for place, _ in rates],
-                xerr=np.array([[100 * (rate["win_rate"] - rate["low"]), 100 * (rate["high"] - rate["win_rate"])] for _, rate in rates])
-                .reshape(-1, 2)
-                .T,
-                fmt=MARKERS[k % len(MARKERS)],
-                markersize=3.5,
-                color=COLOURS[k % len(COLOURS)],
-                elinewidth=0.9,
-                label=settings.title(policy),
-            )
+            rates = [
+                (i + spread[k], as_estimate(by_policy[policy][name])) for i, name in enumerate(names) if name in by_policy.get(policy, {})
+            ]
+            intervals(axes, rates, COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)], settings.title(policy), capsize=0, markersize=3.5)
         axes.axvline(50, color="#666666", linewidth=0.8, linestyle="--")
         axes.set(title=SETTING_TITLES[setting], xlabel=f"win rate against {settings.opponent} (%)", xlim=(-2, 102))
         axes.set_yticks(range(len(names)), [f"{wrapped(topics[name])} ({n[name]:,})" for name in names])
@@ -361,7 +356,8 @@ def plot_win_rate_topics(win_rates: list[dict], topics: dict[str, str], settings
         for line in range(1, len(names)):
             axes.axhline(line - 0.5, color="#E6E6E6", linewidth=0.6)
         axes.grid(axis="y", visible=False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(policies), 3))
+    title = f"{judged_by(win_rates, settings)}, both orders"
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(policies), 3), title=title)
     return figure
 
 

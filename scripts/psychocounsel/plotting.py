@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart with any colour vision, without its yellow, which is too light for lines.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D"]
+GREY = "#4D4D4D"  # what is not of this run
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]  # so that colour is not alone in telling series apart
 WIDTH = 5.5  # inches: the text width of a page; read at half of it in a column
 

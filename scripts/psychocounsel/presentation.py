@@ -2,6 +2,7 @@
 
 import orjson
 
+from psychocounsel.policy_tables import PAPERS
 from psychocounsel.slices import Slices, Wildcards, settings
 from psychocounsel.tables import FORMATS
 from psychocounsel.workflow import OURS, Workflow, option
@@ -50,6 +51,15 @@ class Presentation:
         """Return the paper's row for each of our names that reproduces one."""
         rows = self.config["report"]["reported"][kind]
         return {name: rows[name] for name in names if name in rows}
+
+    def reported_win_rates(self) -> dict[str, dict[str, float]]:
+        """Return by setting the overall win rate that the paper reports of each policy that reproduces one of its rows."""
+        rates, rows = self.study.paper["win_rates"], self.reported("policies", self.flow.policies)
+        place = rates["columns"].index("overall")
+        return {
+            setting: {policy: rates[key][row][place] for policy, row in rows.items() if row in rates[key]}
+            for setting, key in PAPERS.items()
+        }
 
     def size_classes(self) -> list[dict]:
         """Return the pool by size class, in its order."""
@@ -148,6 +158,7 @@ class Presentation:
             policies=flow.policies,
             opponent=self.opponent,
             judge=self.judge_of_answers,
+            reported=self.reported_win_rates(),
             monitored=self.config["evaluation"]["checkpoints"],
             ablation=self.config["evaluation"]["ablation"],
             note=self.config["note"],

@@ -6,6 +6,7 @@ column. The others are for readers: rounded, intervals in brackets, groups as ro
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
@@ -171,32 +172,48 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """Write a table as LaTeX with booktabs; footnotes stand below the rules, as text. One with prose breaks over pages (longtable)."""
+    """Write a table as LaTeX with booktabs; footnotes stand below the rules, as text.
+
+    It is scaled to the page where it is too wide or too high; one with prose breaks over pages (longtable). A first cell that is that of
+    the row above is left out.
+    """
     marks = {note: letter(i) for i, note in enumerate(table.footnotes())}
 
     def shown(cell: Cell) -> str:
         return rf"{MISSING}\textsuperscript{{{marks[cell.reason]}}}" if isinstance(cell, Missing) else escape_latex(str(cell))
 
+    prose = [is_prose(table, i) for i in range(len(table.columns))]
     lines = []
     for index, (group, rows) in enumerate(table.groups):
         if group:
             heading = rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{escape_latex(group)}}}}} \\"
             lines += [r"\midrule"] * bool(index) + [heading]
+        above = None
         for row in rows:
             first, *others = map(shown, row.cells)
-            lines.append(" & ".join([first + "".join(rf"\textsuperscript{{{marks[note]}}}" for note in row.notes), *others]) + r" \\")
-    prose = [is_prose(table, i) for i in range(len(table.columns))]
-    align = "".join(LATEX_PROSE if prose[i] else "r" if is_numeric(table, i) else "l" for i in range(len(table.columns)))
+            first += "".join(rf"\textsuperscript{{{marks[note]}}}" for note in row.notes)
+            lines.append(" & ".join(["" if first == above else first, *others]) + r" \\" + r" \addlinespace" * any(prose))
+            above = first
+    align = [LATEX_PROSE if prose[i] else "r" if is_numeric(table, i) else "l" for i in range(len(table.columns))]
+    align[0] = LATEX_BESIDE if any(prose) and not prose[0] else align[0]
+    heads = [stacked(head, kind) if kind in "rl" else escape_latex(head) for head, kind in zip(table.columns, align, strict=True)]
     notes = [*(rf"\textsuperscript{{{mark}}} {escape_latex(note)}" for note, mark in marks.items()), *map(escape_latex, table.notes)]
-    head = [r"\toprule", " & ".join(map(escape_latex, table.columns)) + r" \\", r"\midrule"]
+    top = [r"\toprule", " & ".join(heads) + r" \\", r"\midrule"]
     caption = [rf"\caption{{{escape_latex(table.title)}}}", rf"\label{{tab:{table.name.replace('_', '-')}}}"]
     below = [r"\par\smallskip\footnotesize\raggedright " + r"\\ ".join(notes) + r"\par"] if notes else []
+    look = r"\small\setlength{\tabcolsep}{4pt}"
     if any(prose):
-        body = [rf"\begin{{longtable}}{{{align}}}", *caption, r"\\", *head, r"\endhead", *lines, r"\bottomrule", r"\end{longtable}"]
-        return "\n".join([LATEX_NEEDS.format("longtable"), r"\begingroup\small", *body, *below, r"\endgroup", ""])
-    body = [r"\begin{adjustbox}{max width=\linewidth}", rf"\begin{{tabular}}{{{align}}}", *head, *lines, r"\bottomrule"]
-    ends = [r"\end{tabular}", r"\end{adjustbox}", *below, r"\end{table}", ""]
-    return "\n".join([LATEX_NEEDS.format("adjustbox"), r"\begin{table}", r"\centering\small", *caption, *body, *ends])
+        body = [rf"\begin{{longtable}}{{{''.join(align)}}}", *caption, r"\\", *top, r"\endhead", *lines, r"\bottomrule", r"\end{longtable}"]
+        return "\n".join([LATEX_NEEDS.format("longtable"), r"\begingroup" + look, *body, *below, r"\endgroup", ""])
+    fitted = [r"\begin{adjustbox}{max width=\linewidth, max totalheight=0.85\textheight}", rf"\begin{{tabular}}{{{''.join(align)}}}"]
+    ends = [r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}", *below, r"\end{table}", ""]
+    return "\n".join([LATEX_NEEDS.format("adjustbox"), r"\begin{table}", r"\centering" + look, *caption, *fitted, *top, *lines, *ends])
+
+
+def stacked(head: str, side: str) -> str:
+    """Return the head of a column in lines, flush to a side, so that a long one does not make its column wide."""
+    lines = [escape_latex(line) for line in textwrap.wrap(head, 11, break_long_words=False)]
+    return rf"\shortstack[{side}]{{" + r" \\ ".join(lines) + "}" if len(lines) > 1 else "".join(lines)
 
 
 def to_html(table: Table) -> str:
@@ -236,7 +253,7 @@ def to_html(table: Table) -> str:
 
 
 LATEX_NEEDS = "% needs \\usepackage{{booktabs,{}}}; texts with other scripts or emoji need lualatex or xelatex"
-LATEX_PROSE = r"p{0.76\linewidth}"
+LATEX_PROSE, LATEX_BESIDE = r"p{0.75\linewidth}", r"p{0.2\linewidth}"
 LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",

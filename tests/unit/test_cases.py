@@ -44,9 +44,11 @@ def test_a_won_and_a_lost_comparison_of_median_length_in_both_settings(monkeypat
     write(tmp_path)
     rows = choose(monkeypatch, tmp_path)
     assert [row["group"] for row in rows] == [group for group in GROUPS for _ in range(4)]
-    chosen = [row["notes"].split(",")[0] for row in rows if row[""] == "Client speech"]
+    chosen = [row["notes"].split(",")[0] for row in rows if row["Part"] == "Client speech"]
     assert chosen == [SPEECH(1), SPEECH(4), SPEECH(3), SPEECH(2)]
-    assert [row["Text"] for row in rows if row[""] == "P"] == [f"free answer {i}" for i in (1, 4)] + [f"length answer {i}" for i in (3, 2)]
+    assert [row["Text"] for row in rows if row["Part"] == "P"] == [f"free answer {i}" for i in (1, 4)] + [
+        f"length answer {i}" for i in (3, 2)
+    ]
     assert rows[3]["Text"] == "P first: free True\n\nO first: free False"
 
 

@@ -99,6 +99,33 @@ def test_a_pipe_does_not_split_a_markdown_cell():
     assert r"a\|b" in tables.to_markdown(table(["a|b", "c"]))
 
 
+@given(st.lists(st.lists(TEXTS, min_size=3, max_size=3), min_size=1, max_size=4), st.sampled_from(["", "Mental Issues & more of them"]))
+def test_latex_is_whole_whatever_the_texts(texts, group):
+    """Environments and braces are closed, every row has its cells, and a cell of several lines stands in a column that can break."""
+    made = table([], columns=["A column & its long head", "b", "c"], groups=[(group, [Row(row, ["A note_"]) for row in texts])])
+    latex = tables.to_latex(made)
+    opened: list[str] = []
+    for kind, name in re.findall(r"\\(begin|end){(\w+)}", latex):
+        assert kind == "begin" or opened.pop() == name
+        opened += [name] * (kind == "begin")
+    assert not opened
+    assert latex.count(r"\begingroup") == latex.count(r"\endgroup")
+    bare = re.sub(r"\\[{}&]", "", latex)
+    assert bare.count("{") == bare.count("}")
+    body = bare[bare.index(r"\toprule") : bare.index(r"\bottomrule")]
+    rows = [line for line in body.splitlines() if line.rstrip().endswith((r"\\", r"\addlinespace")) and "multicolumn" not in line]
+    assert len(rows) == 1 + len(texts)
+    assert {row.count("&") for row in rows} == {2}
+    assert (r"\newline" in body) <= ("longtable" in latex)
+
+
+def test_long_heads_are_stacked_and_repeated_labels_left_out():
+    rows = [Row([name, Number(1)]) for name in ("Llama", "Llama", "Gemma")]
+    latex = tables.to_latex(table([], columns=["Policy", "Emotional Well-being"], groups=[("", rows)]))
+    assert r"\shortstack[r]{Emotional \\ Well-being}" in latex
+    assert [line.split(" & ")[0] for line in latex.splitlines() if line.endswith(r"1.000 \\")] == ["Llama", "", "Gemma"]
+
+
 def test_numbers_are_rounded_for_readers_and_whole_for_machines():
     made = table([Number(0.98765, 3, 0.97, 0.99), Number(1234.0, 0)])
     assert "0.988 [0.970, 0.990]" in tables.to_markdown(made)
