@@ -4,6 +4,7 @@
 #   make stress                             programs that ask models are killed 50 times each: nothing is paid twice
 #   make test-vllm                          a real vLLM on a CPU (3.5 GB on disk): its engine is killed, and it is started once more
 #   make bench                              all benchmarks, in about a quarter of an hour (the paper's scale: benchmarks/full_scale.py)
+#   make bench-train                        speed of training beside trl's defaults, in minutes on a CPU (11 GB); on a GPU: docs/training.md
 #   make plan                               what `make demo` would run, why, and what it would cost; with SPEECHES, too
 #   make plan STUDY=config/config.yaml PROFILE=slurm   the same of the paper's run
 #   make sources                            what becomes of each source of speeches whose file is at hand: counts, no texts
@@ -18,7 +19,7 @@ STUDY = config/demo.yaml$(if $(filter-out demo,$(SPEECHES)), config/demo_$(subst
 PROFILE = profiles/local
 RUN = demo$(if $(filter-out demo,$(SPEECHES)),-$(SPEECHES))
 
-.PHONY: demo plan pin sources test test-fast test-vllm stress bench lint format dry-run audit report lock clean-demo
+.PHONY: demo plan pin sources test test-fast test-vllm stress bench bench-train lint format dry-run audit report lock clean-demo
 
 demo: .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --quiet reason host
@@ -57,6 +58,11 @@ bench: .venv/dev.ready
 	python benchmarks/topic_choosers.py $(if $(PSYCHOCOUNSEL_SOURCES),,--data demo)
 	python benchmarks/chat_throughput.py --requests 3000 --many 20000
 	python benchmarks/full_scale.py --rerun
+
+# Real questions and answers from the source cache (PSYCHOCOUNSEL_SOURCES); OPTIONS goes to the program: its --help says what there is.
+bench-train: .venv/dev.ready
+	snakemake work/models/SmolLM2-135M-Instruct.Q4_1/manifest.json --profile profiles/local --configfile config/demo.yaml --quiet all
+	python benchmarks/training_speed.py $(OPTIONS)
 
 lint: .venv/dev.ready
 	ruff check .

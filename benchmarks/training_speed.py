@@ -7,6 +7,7 @@ is not timed.
 
 - tokens/s: tokens of both conversations of each pair, prompt and answer, without padding: the same for both, however they are read.
 - padding: share of padding in the places of all batches that the model reads.
+- seconds: by the clock; CPU seconds of all threads tell more on a machine that does other things, too.
 - memory: highest resident memory of the process, model and libraries included; on a GPU the highest allocated there.
 - MFU: model FLOPs of the tokens that were really read, by second, over the device's peak (by its name, or --peak-tflops). A token costs
   2 FLOPs for each weight of the layers' matrices, and 4 x heads x head size for each token that it sees in each layer; a scored token
@@ -60,8 +61,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), help="a model of this shape with random weights instead; the tokenizer stays")
     parser.add_argument("--layers", type=int, help="only the first so many layers of the model")
     parser.add_argument("--data", nargs="+", type=Path, help="files of pair records (default: counselling-bench)")
-    parser.add_argument("--pairs", type=int, default=32, help="pairs to train on (default 32)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pairs a step (default 32; a multiple of 8)")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs to train on (default 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs a step (default 16; a multiple of 8)")
     parser.add_argument("--at-once", type=int, default=2, help="pairs that our program holds at once (default 2)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens; pairs with a longer conversation are left out (default 512)")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="gradient checkpointing (default: on a GPU)")
@@ -72,7 +73,7 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure(args)))
         return
-    print(f"{'training':<14} {'tokens/s':>9} {'padding':>8} {'memory':>9} {'MFU':>7} {'seconds':>8} {'speed':>12}")
+    print(f"{'training':<10} {'tokens/s':>9} {'speed':>11} {'padding':>8} {'memory':>9} {'MFU':>7} {'seconds':>8} {'CPU seconds':>12}")
     for kind in args.kinds:
         rival = report(f"{kind} trl", run_alone(f"{kind} trl"), None)
         report(f"{kind} ours", run_alone(f"{kind} ours"), rival)
@@ -92,7 +93,8 @@ def report(name: str, found: dict, rival: dict | None) -> dict:
     ratio = f"{speed * rival['seconds'] / rival['tokens']:.2f} x trl" if rival else "1"
     mfu = f"{100 * found['mfu']:.1f} %" if found["mfu"] else "-"
     padding, memory = 100 * found["padding"] / found["places"], f"{found['bytes'] / 1e9:.1f} GB"
-    print(f"{name:<14} {speed:>9.1f} {padding:>6.1f} % {memory:>9} {mfu:>7} {found['seconds']:>8.1f} {ratio:>12}", flush=True)
+    seconds = f"{found['seconds']:>8.1f} {found['cpu_seconds']:>12.1f}"
+    print(f"{name:<10} {speed:>9.1f} {ratio:>11} {padding:>6.1f} % {memory:>9} {mfu:>7} {seconds}", flush=True)
     return found
 
 
@@ -138,7 +140,7 @@ def chosen_pairs(args: argparse.Namespace, tokenizer) -> list[dict]:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Train once, in this process; return {tokens, places, padding, seconds, bytes, mfu} of the timed steps."""
+    """Train once, in this process; return {tokens, places, padding, seconds, cpu_seconds, bytes, mfu} of the timed steps."""
     import torch
 
     from psychocounsel import rewards
@@ -233,7 +235,8 @@ class Meter:
     def __init__(self, trainer, policy: bool, warm_up: int) -> None:
         from transformers import TrainerCallback
 
-        meter, self.trainer, self.policy, self.reference = self, trainer, policy, 0.0
+        meter, self.trainer, self.policy = self, trainer, policy
+        self.reference = self.cpu_reference = 0.0
         self.timed_steps = trainer.args.max_steps - warm_up
         self.reset()
         compute = trainer.compute_loss
@@ -246,7 +249,7 @@ class Meter:
                 if state.global_step == warm_up:
                     meter.reset()
                 if state.global_step == state.max_steps:
-                    meter.seconds = meter.now() - meter.start
+                    meter.seconds, meter.cpu_seconds = meter.now() - meter.start, time.process_time() - meter.cpu_start
 
         def counted(model, inputs, *rest: object, **more: object):
             meter.count(inputs)
@@ -258,7 +261,7 @@ class Meter:
     def reset(self) -> None:
         """Start anew."""
         self.tokens = self.places = self.padding = self.seen = self.scored = 0
-        self.start = self.now()
+        self.start, self.cpu_start = self.now(), time.process_time()
 
     def now(self) -> float:
         """Return the clock, once the device has done what it was told."""
@@ -270,10 +273,12 @@ class Meter:
 
     def time_reference(self, store: Path, pairs: int) -> None:
         """Let our trainer read its reference, and add the timed steps' share of it."""
-        clock = self.now()
+        clock, cpu_clock = self.now(), time.process_time()
         self.trainer.read_reference(store)
-        self.reference = (self.now() - clock) * self.timed_steps * self.trainer.args.train_batch_size / pairs
-        self.reference *= self.trainer.args.gradient_accumulation_steps
+        timed_pairs = self.timed_steps * self.trainer.args.train_batch_size * self.trainer.args.gradient_accumulation_steps
+        self.reference, self.cpu_reference = (
+            seconds * timed_pairs / pairs for seconds in (self.now() - clock, time.process_time() - cpu_clock)
+        )
 
     def count(self, inputs: dict) -> None:
         """Count a batch, in our layout (sides of the places) or in trl's (attention mask)."""
@@ -306,7 +311,7 @@ class Meter:
             peak = peak_tflops * 1e12 if peak_tflops else get_peak_flops(torch.cuda.get_device_name(), "bfloat16")
             mfu = self.model_flops() / seconds / peak if peak else None
         counts = {"tokens": self.tokens, "places": self.places, "padding": self.padding}
-        return counts | {"seconds": seconds, "bytes": memory, "mfu": mfu}
+        return counts | {"seconds": seconds, "cpu_seconds": self.cpu_seconds + self.cpu_reference, "bytes": memory, "mfu": mfu}
 
     def model_flops(self) -> float:
         """Return the FLOPs that the tokens which were read need (see above)."""

@@ -87,7 +87,7 @@ def test_the_benchmark_prints_ours_beside_trls(micro):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     head, theirs, ours = done.stdout.splitlines()
-    assert head.split()[:3] == ["training", "tokens/s", "padding"]
+    assert head.split()[:4] == ["training", "tokens/s", "speed", "padding"]
     assert theirs.startswith("rm trl")
     assert ours.startswith("rm ours")
-    assert ours.rstrip().endswith("x trl")
+    assert "x trl" in ours
