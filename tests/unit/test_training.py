@@ -361,6 +361,22 @@ def test_the_first_dpo_loss_is_ln_2_and_checkpoints_are_whole_models(policy):
     assert len({entry["manifest_sha256"] for entry in listed}) == 3
 
 
+@pytest.mark.parametrize("name", ["train_reward_model", "train_policy"])
+def test_the_size_of_the_batches_changes_no_step(name, reward_model, policy, data, tmp_path):
+    build, whole = {"train_reward_model": (reward_training, reward_model), "train_policy": (policy_training, policy)}[name]
+    assert program(name, **build(data, tmp_path, per_device_batch_size=8)) == 0
+    for one, other in zip(logged(whole), logged(tmp_path), strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("output", ["model/manifest.json", "checkpoints.json"])
+def test_the_record_tells_tokens_and_padding(output, reward_model, policy):
+    path = (policy if output == "checkpoints.json" else reward_model) / f"{output}.prov.json"
+    facts = json.loads(path.read_text())["run"]["facts"]
+    assert 48 * 20 < facts["tokens_read"] < 48 * 200, "48 pairs are read in six steps"
+    assert 0 < facts["padding_share"] < 0.15, "lines of like length stand together"
+
+
 def test_another_reference_is_used(policy, data, tmp_path):
     newest = policy / "checkpoints/3/manifest.json"
     arguments = policy_training(data, tmp_path, 1, epochs=None, max_steps=1) | {"weights": newest, "reference": data / "base/manifest.json"}
