@@ -325,10 +325,12 @@ def reward_model_table(metrics: dict[str, dict], paper: dict, settings: TableSet
     others = [
         reported_reward_model_row(name, entry, paper) for name, entry in paper["reward_models"].items() if name not in mapped.values()
     ]
-    columns = ["Model", "Source", "Acc. (%)", "AUC", "ECE", "Brier", "NLL", "Temperature", "Pairs"]
+    columns = ["Model", "Source", "Acc. (%)", "AUC", "ECE", "Brier", "NLL", "Temperature", "Both orders (%)", "First named (%)", "Pairs"]
     notes = [
         "Higher is better for accuracy and AUC, lower for ECE, Brier and NLL. In brackets: 95 % bootstrap intervals over speeches.",
         "Temperature: what the margins would have to be divided by to be calibrated.",
+        "A ranker sees each pair in both orders; right in one of them alone counts half. Both orders: pairs ranked right in both. First"
+        " named: its answers that name the response shown first; 50 means no position bias.",
     ]
     return Table("reward_models", "Reward models on the test pairs (Table 1)", columns, [*groups, (ORIENTATION, others)], notes)
 
@@ -336,15 +338,12 @@ def reward_model_table(metrics: dict[str, dict], paper: dict, settings: TableSet
 def reward_model_row(title: str, result: dict | None) -> Row:
     """A row of measured metrics."""
     if result is None:
-        return Row([title, "this run", *[Missing("Not measured in this run.")] * 7])
+        return Row([title, "this run", *[Missing("Not measured in this run.")] * 9])
     undefined = "A ranker gives no probability." if result["kind"] == "ranker" else "Undefined: the pairs are all of one order."
     no_temperature = (
         undefined if result["kind"] == "ranker" else "No temperature fits: every pair is ranked right, or the margins are wrong on average."
     )
-    notes = [AT_CHANCE] if result["at_chance"] else []
-    if orders := result["orders"]:
-        first = 100 * orders["first_share"]["value"]
-        notes.append(f"Ranked in both orders, right in one of them counts half; {first:.1f} % of its answers name the answer shown first.")
+    no_order, orders = "A reward model reads one response at a time.", result["orders"] or {}
     return Row(
         [
             title,
@@ -352,17 +351,17 @@ def reward_model_row(title: str, result: dict | None) -> Row:
             number(result["accuracy"], undefined, 1, 100),
             *(number(result[metric], undefined) for metric in ("auc", "ece", "brier", "nll")),
             Missing(no_temperature) if result["temperature"] is None else Number(result["temperature"], 2),
+            *(number(orders.get(share), no_order, 1, 100) for share in ("consistent_right", "first_share")),
             count(result["n"]),
         ],
-        notes,
+        [AT_CHANCE] if result["at_chance"] else [],
     )
 
 
 def reported_reward_model_row(title: str, entry: dict, paper: dict) -> Row:
     """A row of the paper's Table 1."""
     cells = [Number(entry[key], 3) if key in entry else NOT_REPORTED for key in ("auc", "ece", "brier")]
-    unknown = NOT_REPORTED
-    return Row([title, "paper", Number(entry["acc"], 1), *cells, unknown, unknown, count(paper["dataset"]["pairs"]["test"])])
+    return Row([title, "paper", Number(entry["acc"], 1), *cells, *[NOT_REPORTED] * 4, count(paper["dataset"]["pairs"]["test"])])
 
 
 def ablation_table(metrics: dict[str, dict], benchmark: dict[str, dict], paper: list[dict], settings: TableSettings) -> Table:

@@ -24,6 +24,8 @@ METRICS = {  # columns of the tables of reward models -> metric, and how it is c
     "Brier": ("brier", "mean of (1 - sigmoid(reward of chosen - reward of rejected))^2 over the pairs"),
     "NLL": ("nll", "mean of -log sigmoid(reward of chosen - reward of rejected) over the pairs"),
     "Temperature": ("temperature", "the T > 0 for which the margins divided by T have the least NLL"),
+    "Both orders (%)": ("consistent_right", "100 x share of pairs that the ranker ranks right in both orders"),
+    "First named (%)": ("first_share", "100 x share of the ranker's answers that name the response shown first"),
     "Pairs": ("n", "number of pairs with a usable verdict"),
 }
 
@@ -74,6 +76,7 @@ def metrics(cell: Cell, run: RecordLineage, name: str, metric: str, benchmark: b
         "n": len(verdicts),
         "sections": evaluate_rewards.benchmark(right, by_id, settings.sections) if settings.sections else None,
     }
+    result, again = (found | (found["orders"] or {}) for found in (result, again))
     label = "mean of the sections" if metric == "sections" else metric
     what = f"{label} of {name}: {value_of(result[metric])}; again from {len(rows)} verdicts: {value_of(again[metric])}"
     node = Node(what, path, agrees=again[metric] == result[metric])
