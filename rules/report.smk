@@ -93,7 +93,9 @@ rule plot_figures:
 
 rule write_cards:
     input:
-        metrics=flow.scorers_with_metrics(),
+        models=pages.card_models().values(),
+        trainings=[file for _, file in pages.card_trainings()],
+        metrics=[*flow.scorers_with_metrics(), *flow.benchmark_metrics()],
         win_rates=flow.win_rates(),
         template="report/model_card.md.jinja",
         ethics="report/ethics.md.jinja",
@@ -106,11 +108,12 @@ rule write_cards:
     params:
         settings=pages.write_cards,
         code=code("write_cards"),
+        models=pages.card_options(),
         folder=output_folder,
     message:
         "Write the cards of the models"
     shell:
-        "python scripts/write_cards.py --reward-metrics {input.metrics} --win-rates {input.win_rates}"
+        "python scripts/write_cards.py {params.models} --reward-metrics {input.metrics} --win-rates {input.win_rates}"
         " --settings {params.settings:q} --out-dir {params.folder} 2> {log}"
 
 

@@ -195,33 +195,78 @@ class Presentation:
         """The models that get a card: all that the run trained."""
         return [*self.flow.reward_models, *self.flow.trained_policies]
 
+    def card_models(self) -> dict[str, str]:
+        """The manifest of each model that gets a card."""
+        flow = self.flow
+        return {name: flow.reward_model(name) for name in flow.reward_models} | {name: flow.policy(name) for name in flow.trained_policies}
+
+    def card_trainings(self) -> list[tuple[str, str]]:
+        """Each policy that gets a card with its lists of checkpoints, round by round."""
+        return [(name, file) for name in self.flow.trained_policies for file in self.flow.rounds(Wildcards(policy=name))]
+
+    def card_options(self) -> str:
+        """The models of the cards, and their trainings, as command-line options."""
+        models = [f"{name}={manifest}" for name, manifest in self.card_models().items()]
+        trainings = [f"{name}={file}" for name, file in self.card_trainings()]
+        return f"{option('--models', models)} {option('--trainings', trainings)}".strip()
+
+    def labels_of(self, data: list[str]) -> str:
+        """How the preference labels of the named data came about."""
+        others = " and ".join(self.title(name) for name in data if name != OURS)
+        return ", or ".join([*([self.labels] if OURS in data else []), *([f"published with {others}"] if others else [])])
+
+    def licences(self, data: list[str]) -> list[tuple[str, str]]:
+        """The title and licence of what the named data hold; of this run's pairs: their speeches, and the terms of who answered."""
+        found = []
+        for name in data:
+            sources = self.flow.sources if name == OURS else [name]
+            found += [(self.title(source), self.study.sources[source]["licence"]) for source in sources]
+            if name == OURS and not self.flow.starts_at_pairs:
+                terms = dict.fromkeys(self.study.models[model]["licence"] for model in self.flow.pool)
+                found.append(("Responses, by the models that gave them", ", ".join(terms)))
+        return list(dict.fromkeys(found))
+
+    def hub_datasets(self, data: list[str]) -> list[str]:
+        """The data sets of the Hub among the named data."""
+        sources = [source for name in data for source in (self.flow.sources if name == OURS else [name])]
+        hubs = [self.study.sources[source].get("hub") for source in sources]
+        return list(dict.fromkeys(hub["repository"] for hub in hubs if hub))
+
     @settings
     def write_cards(self, wildcards) -> dict:
         """Licences, bases and recipes for the cards."""
         config = self.config
 
-        def model(name: str, entry: dict, kind: str, method: str, data: str) -> dict:
+        def model(name: str, entry: dict, kind: str, method: str, data: str, learnt_from: list[str], **more) -> dict:
             base = self.study.models[entry["base"]]
             return {
                 "name": name, "title": self.title(name), "kind": kind, "base": base["title"], "base_id": base["id"],
-                "licence": base["licence"], "method": method, "data": data, "recipe": self.study.recipe(entry["recipe"]),
-                "ranked_by": self.ranked_by().get(name),
+                "licence": base["licence"], "method": method, "labels": self.labels_of(learnt_from), "data": data,
+                "recipe": self.study.recipe(entry["recipe"]),
+                "data_licences": self.licences(learnt_from), "datasets": self.hub_datasets(learnt_from),
+                "ranked_by": self.ranked_by().get(name), **more,
             }  # fmt: skip
 
         def policy(name: str) -> dict:
             entry = self.study.policies[name]
             if entry["method"] == "dpo":
-                return model(name, entry, "policy", "DPO", self.title(OURS))
-            ranker = self.title(entry["reward_model"])
-            data = f"{entry['samples_per_speech']} own samples per training speech, ranked by {ranker}"
-            return model(name, entry, "policy", f"iterative DPO, {entry['iterations']} iterations", data)
+                return model(name, entry, "policy", "DPO", self.title(OURS), [OURS])
+            ranker, samples = entry["reward_model"], f"{entry['samples_per_speech']} own samples per training speech"
+            keys = ("iterations", "speeches_per_iteration", "samples_per_speech", "start", "reference")
+            learnt_from = list(dict.fromkeys([OURS, *self.study.reward_models[ranker]["data"]]))
+            return model(
+                name, entry, "policy", f"iterative DPO, {entry['iterations']} iterations", f"{samples}, ranked by {self.title(ranker)}",
+                learnt_from, rounds={key: entry[key] for key in keys},
+            )  # fmt: skip
 
         rewards = self.study.reward_models.items()
         return dict(
-            labels=self.labels,
+            run=config["run"],
             judge_of_answers=self.judge_of_answers,
             opponent=self.opponent,
-            models=[model(name, entry, "reward_model", "Bradley-Terry reward model", self.data(name)) for name, entry in rewards]
+            models=[
+                model(name, entry, "reward_model", "Bradley-Terry reward model", self.data(name), entry["data"]) for name, entry in rewards
+            ]
             + [policy(name) for name in self.flow.trained_policies],
             note=config["note"],
         )

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from psychocounsel.costs import cost_table
 from psychocounsel.errors import UserError
@@ -269,22 +268,27 @@ def card_settings() -> dict:
         "base_id": "org/B",
         "licence": "Apache-2.0",
         "method": "DPO",
+        "labels": "made by the rubric, not by people",
         "data": "ours",
     }
-    facts = {"labels": "made by the rubric, not by people", "judge_of_answers": "J", "opponent": "O", "note": "A demonstration."}
-    return {**facts, "models": [{**model, "recipe": {"beta": 0.1, "max_steps": None}}]}
+    facts = {
+        "run": "r",
+        "judge_of_answers": "J",
+        "opponent": "O",
+        "note": "A demonstration.",
+    }
+    return {**facts, "models": [{**model, "recipe": {"beta": 0.1, "max_steps": None, "max_length": 320}}]}
 
 
-def header(card: Path) -> dict:
-    """The YAML header of a card."""
-    return yaml.safe_load(card.read_text().split("---\n")[1])
+def card_files(folder: Path, *names: str) -> list:
+    """Arguments of write_cards that name a manifest without a record for each model."""
+    (folder / "manifest.json").write_text("{}")
+    return ["--models", *(f"{name}={folder / 'manifest.json'}" for name in names)]
 
 
-def test_cards_have_a_valid_header_and_carry_the_facts(run, tmp_path):
-    succeed("write_cards", "--win-rates", run / "wins.json", "--out-dir", tmp_path, **card_settings())
-    card = tmp_path / "p.md"
-    assert header(card)["base_model"] == "org/B"
-    text = card.read_text()
+def test_cards_carry_the_facts(run, tmp_path):
+    succeed("write_cards", *card_files(tmp_path, "p"), "--win-rates", run / "wins.json", "--out-dir", tmp_path, **card_settings())
+    text = (tmp_path / "p.md").read_text()
     for words in ("made by the rubric, not by people", "A demonstration.", "licensed professional", "every comparison was a win"):
         assert words in text
 
@@ -301,7 +305,7 @@ def test_a_reward_model_at_chance_is_told_on_the_card_of_what_it_trained_and_in_
     words = ["--reward-metrics", tmp_path / "coin.json", "--win-rates", run / "wins.json"]
     settings = card_settings()
     settings["models"] += [{**settings["models"][0], "name": "q", "ranked_by": "coin"}]
-    succeed("write_cards", *words, "--out-dir", tmp_path, **settings)
+    succeed("write_cards", *card_files(tmp_path, "p", "q"), *words, "--out-dir", tmp_path, **settings)
     flag = (
         "The reward model that ranked its samples is not shown to rank better than chance** (accuracy 0.500 [0.400, 0.600] on 9 test pairs)"
     )

@@ -256,3 +256,24 @@ def test_tables_tell_the_published_models_from_ours():
         assert settings["reported"][kind][ours] == settings["reported"][kind][theirs]
         assert settings["titles"][theirs].endswith("(published)")
         assert not settings["titles"][ours].endswith("(published)")
+
+
+def test_cards_name_the_labels_licences_and_data_sets_of_what_a_model_learnt_from():
+    models = {model["name"]: model for model in json.loads(Presentation(load([])).write_cards(Wildcards()))["models"]}
+    general, ours, merged = (
+        models[name] for name in ("llama3-8b-helpsteer2", "psychocounsel-llama3-8b-reward", "llama3-8b-helpsteer2-ours")
+    )
+    assert general["labels"] == "published with HelpSteer2"
+    assert ours["labels"] == "made by GPT-4o (judge) (one call a principle), not by people"
+    assert merged["labels"] == f"{ours['labels']}, or {general['labels']}"
+    assert general["data_licences"] == [["HelpSteer2", "CC BY 4.0"]]
+    assert general["datasets"] == ["nvidia/HelpSteer2"]
+    assert [title for title, terms in ours["data_licences"] if "OpenAI Terms of Use" in terms] == [
+        "Responses, by the models that gave them"
+    ]
+    iterated = models["llama3-8b-dpo-iter"]
+    assert iterated["ranked_by"] == "psychocounsel-llama3-8b-reward"
+    assert iterated["data_licences"] == ours["data_licences"]
+    assert iterated["rounds"] == {
+        "iterations": 16, "speeches_per_iteration": 6400, "samples_per_speech": 8, "start": "previous", "reference": "previous",
+    }  # fmt: skip

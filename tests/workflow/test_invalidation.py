@@ -40,7 +40,7 @@ READERS = {  # rule -> rules that read its outputs
     "build_pairs": "report_contamination train_reward_model score_pairs rank_pairs evaluate_rewards evaluate_rankings train_policy"
     " select_checkpoint make_tables plot_figures write_release summarise_run",
     "report_contamination": "make_tables",
-    "train_reward_model": "score_pairs rank_samples assess_checkpoint plot_figures",
+    "train_reward_model": "score_pairs rank_samples assess_checkpoint plot_figures write_cards",
     "score_pairs": "evaluate_rewards",
     "rank_pairs": "evaluate_rankings",
     "evaluate_rewards": "assess_checkpoint make_tables write_cards summarise_run",
@@ -48,8 +48,8 @@ READERS = {  # rule -> rules that read its outputs
     "sample_prompts": "sample_responses rank_samples",
     "sample_responses": "rank_samples",
     "rank_samples": "train_policy",
-    "train_policy": "sample_responses train_policy select_checkpoint answer_checkpoint assess_checkpoint plot_figures",
-    "select_checkpoint": "answer_speeches",
+    "train_policy": "sample_responses train_policy select_checkpoint answer_checkpoint assess_checkpoint plot_figures write_cards",
+    "select_checkpoint": "answer_speeches write_cards",
     "answer_opponent": "answer_speeches judge_answers judge_again compute_win_rates choose_cases judge_checkpoint"
     " compute_checkpoint_win_rate assess_checkpoint",
     "answer_speeches": "judge_answers judge_again compute_win_rates choose_cases",
