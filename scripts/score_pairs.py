@@ -1,6 +1,7 @@
 """Score preference pairs with a reward model: ours (--weights) or a published one from the Hub (paper, Table 1).
 
-Most reward models are sequence classifiers with one output; the setting model.reward_from names the other way, first_token_logit.
+Most reward models are sequence classifiers with one output; the setting model.reward_from names the other ways, eos_token (OpenRLHF)
+and first_token_logit (Nemotron).
 
     python scripts/score_pairs.py --pairs pairs/test.jsonl --weights models/reward/manifest.json --out predictions.jsonl \\
         --settings '{"model": {...}, "max_length": 2048, "batch_size": 32, "seed": 1}'

@@ -53,11 +53,16 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, messages: list
 def answer_ids(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, prompt: list[dict], answer: list[dict]) -> list[int]:
     """Return the token ids of a whole conversation, as a reward model reads it: up to the end of the answer's turn.
 
-    A model whose reward_reads is `speech` gets the client's words alone, without the responding prompt around them.
+    A model whose reward_reads is `speech` gets the client's words alone, without the responding prompt around them. For one that
+    is read at its eos_token the conversation ends there, as in OpenRLHF's training: white space of the template after it goes.
     """
     if spec.reward_reads == "speech":
         prompt = [*prompt[:-1], prompt[-1] | {"content": client_speech(prompt)}]
-    return chat_ids(tokenizer, spec, conversation(spec, prompt) + answer)
+    ids = chat_ids(tokenizer, spec, conversation(spec, prompt) + answer)
+    if spec.reward_from != "eos_token":
+        return ids
+    end = len(ids) - ids[::-1].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else 0
+    return [*ids, tokenizer.eos_token_id] if tokenizer.decode(ids[end:]).strip() else ids[:end]
 
 
 def reward_rows(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, pairs: list[dict], max_length: int) -> tuple[list[dict], int]:
@@ -199,9 +204,11 @@ def loaded(kind: type, spec: ModelSpec, weights: Path | None, **options: object)
 def rewards(model: PreTrainedModel, spec: ModelSpec, sequences: list[list[int]], pad_id: int, batch_size: int) -> list[float]:
     """Return the reward of each conversation, given as token ids.
 
-    A classifier's reward is its output at the last token that is no padding, as in its training. A model that speaks its reward
-    gives it as the logit of token 0 at the place after the conversation (model card of nvidia/Llama-3.1-Nemotron-70B-Reward-HF:
-    one token is generated after the messages, without the head of a further turn, and `scores[0][0][0]` is the reward).
+    A classifier's reward is its output at the last token that is not its padding token, as in its training (transformers: where
+    what ends a turn pads too, the token before). OpenRLHF reads its own at the end, whatever token pads (eos_token). A model that
+    speaks its reward gives it as the logit of token 0 at the place after the conversation (model card of
+    nvidia/Llama-3.1-Nemotron-70B-Reward-HF: one token is generated after the messages, without the head of a further turn, and
+    `scores[0][0][0]` is the reward).
     """
 
     def read(chunk: list[list[int]]) -> list[float]:
@@ -211,6 +218,10 @@ def rewards(model: PreTrainedModel, spec: ModelSpec, sequences: list[list[int]],
                 ids.to(model.device), attention_mask=mask.to(model.device), position_ids=_positions(mask).to(model.device), logits_to_keep=1
             )
             return logits.logits[:, -1, 0].float().tolist()
+        if spec.reward_from == "eos_token":
+            ids, mask = pad_batch(chunk, pad_id, "right")
+            hidden = model.base_model(ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).last_hidden_state
+            return model.score(hidden[torch.arange(len(chunk)), mask.sum(-1) - 1])[:, 0].float().tolist()
         ids, mask = pad_batch(chunk, model.config.get_text_config().pad_token_id, "right")
         return model(ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits[:, 0].float().tolist()
 

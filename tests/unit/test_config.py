@@ -153,3 +153,14 @@ def test_a_budget_needs_the_price_of_every_model_that_costs_money(tmp_path):
     study_of(tmp_path, text)
     with pytest.raises(UserError, match=r"models\.yaml:1: models\.my-judge has no price, so the budget cannot be kept"):
         study_of(tmp_path, text + "budget: 10\n")
+
+
+def test_the_readmes_models_of_ones_own_fit(tmp_path):
+    block = Path("README.md").read_text().split("# my_models.yaml")[1].split("```")[0]
+    (tmp_path / "my_models.yaml").write_text(f"#{block}")
+    models = load_registry([Path("config/models.yaml"), tmp_path / "my_models.yaml"], "models")
+    assert models["my-judge-of-pairs"]["reward_from"] == "classifier"
+    study_of(
+        tmp_path,
+        f"files: {{models: [config/models.yaml, {tmp_path}/my_models.yaml]}}\nreward_evaluation: {{baselines: [my-judge-of-pairs]}}\n",
+    )

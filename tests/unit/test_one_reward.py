@@ -150,12 +150,29 @@ def published(reward_model, folder, head: str, outputs: int = 1, **config) -> No
 
 
 @pytest.mark.parametrize("head", ["value_head", "score"])
-def test_a_reward_model_of_openrlhf_is_read_by_either_name_of_its_head(reward_model, tokenizer, conversations, tmp_path, head):
-    """Its config knows no labels (transformers then takes two) and names a class of OpenRLHF."""
-    published(reward_model, tmp_path / "rm", head, architectures=["RewardModel"], normalize_reward=False, mean=1.5, std=2.0)
-    models = [rewards.load_reward_model(SPEC, folder, tokenizer.pad_token_id) for folder in (reward_model / "model", tmp_path / "rm")]
-    ours, theirs = (rewards.rewards(model, SPEC, conversations, tokenizer.pad_token_id, 4) for model in models)
-    assert theirs == pytest.approx(ours, abs=1e-6)
+def test_a_reward_model_of_openrlhf_is_read_as_openrlhf_reads_it(reward_model, tokenizer, conversations, tmp_path, head):
+    """Either name of its head; its config knows no labels (transformers then takes two), and pads with the token that ends a turn."""
+    eos = tokenizer.eos_token_id
+    facts = {"architectures": ["RewardModel"], "normalize_reward": False, "mean": 1.5, "std": 2.0, "pad_token_id": eos}
+    published(reward_model, tmp_path / "rm", head, **facts)
+    spec = SPEC.model_copy(update={"reward_from": "eos_token"})
+    model = rewards.load_reward_model(spec, tmp_path / "rm", eos)
+    pairs = [toy_pair(n) for n in range(9)]
+    sequences = [rewards.answer_ids(tokenizer, spec, pair["prompt"], pair["chosen"]) for pair in pairs]
+    assert [len(long) - len(short) for long, short in zip(conversations, sequences, strict=True)] == [1] * 9, "the newline after it"
+    assert {ids[-1] for ids in sequences} == {eos}
+    expected = [model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item() for ids in sequences]
+    assert rewards.rewards(model, spec, sequences, eos, 4) == pytest.approx(expected, abs=1e-4)
+    as_transformers = rewards.rewards(model, SPEC, sequences, eos, 4)
+    assert as_transformers != pytest.approx(expected, abs=1e-3), "by its rule the end of the turn would count as padding"
+
+
+def test_a_conversation_whose_template_has_no_end_gets_one(data, tmp_path):
+    unended = rewards.load_tokenizer(SPEC, data / "base")
+    unended.chat_template = "{% for message in messages %}{{ message['content'] }}{{ eos_token if not loop.last }} {% endfor %}"
+    spec = SPEC.model_copy(update={"reward_from": "eos_token"})
+    ids = rewards.answer_ids(unended, spec, toy_pair(1)["prompt"], toy_pair(1)["chosen"])
+    assert unended.decode(ids).endswith(f"{toy_pair(1)['chosen'][0]['content']} <|im_end|>")
 
 
 @pytest.mark.parametrize(

@@ -277,3 +277,18 @@ def test_cards_name_the_labels_licences_and_data_sets_of_what_a_model_learnt_fro
     assert iterated["rounds"] == {
         "iterations": 16, "speeches_per_iteration": 6400, "samples_per_speech": 8, "start": "previous", "reference": "previous",
     }  # fmt: skip
+
+
+def test_the_authors_policy_is_evaluated_as_it_was_published():
+    """A policy of method none with weights of its own: nothing is trained, and its own weights are served."""
+    flow = load([])
+    target = f"results/{flow.run}/09_judgements/llama3-8b-published/free.win_rates.json"
+    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", target]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "train_policy.py" not in shown
+    answered = next(
+        line for line in shown.splitlines() if "08_answers/llama3-8b-published/free.jsonl" in line and "generate_responses.py" in line
+    )
+    assert '"id":"Psychotherapy-LLM/PsychoCounsel-Llama3-8B"' in answered
+    assert " --gpus 1 " in answered
+    assert "--weights" not in answered
