@@ -24,6 +24,7 @@ from test_training import (  # noqa: F401 (fixtures)
     conversations,
     data,
     one_thread,
+    policy,
     policy_training,
     program,
     reward_model,
@@ -59,8 +60,8 @@ def dated(data, tmp_path_factory):
     return folder
 
 
-def test_one_conversation_has_one_reward_in_every_program(dated, tmp_path):
-    """Training's dev accuracy, score_pairs, rank_samples; and by hand: alone, the whole text in the template, its date pinned."""
+def test_one_conversation_has_one_reward_in_every_program(dated, policy, data, tmp_path):
+    """Training's dev accuracy, score_pairs, rank_samples, assess_checkpoint; and by hand: alone, as text in the template, date pinned."""
     pair = our_pair(300, "dev")
     model = AutoModelForSequenceClassification.from_pretrained(dated / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(dated / "model")
@@ -95,6 +96,19 @@ def test_one_conversation_has_one_reward_in_every_program(dated, tmp_path):
     reward_of = {row["response_id"]: row["reward"] for row in read_records(outputs["rewards"], "reward")}
     ranked = {side: reward_of[sample["response_id"]] for side, sample in zip(by_hand, samples, strict=False)}
     assert ranked == pytest.approx(by_hand, abs=1e-4)
+
+    measured = {"pairs": files["pairs"], "predictions": files["out"], "out": tmp_path / "metrics.json"}
+    assert program("evaluate_rewards", **measured, settings={"name": "rm", "seed": 1, "bootstrap": 9}) == 0
+    for name, sample in zip(("answers", "opponent"), samples, strict=False):
+        dump_records(tmp_path / f"{name}.jsonl", [sample], "response")
+    inputs = {name: tmp_path / f"{name}.jsonl" for name in ("speeches", "answers", "opponent")}
+    inputs |= {"checkpoints": policy / "checkpoints.json", "weights": policy / "checkpoints/3/manifest.json", "metrics": measured["out"]}
+    inputs |= {"base": data / "base/manifest.json", "reward_weights": weights, "out": tmp_path / "assessment.json"}
+    facts = {"policy": "p", "checkpoint": 3, "name": "p.checkpoint-3", "prompt": PROMPT, "bootstrap": 9, "seed": 1}
+    models = {"model": SPEC.model_dump(), "reward_model": DATED.model_dump()}
+    assert program("assess_checkpoint", **inputs, settings=scoring | facts | models) == 0
+    (assessed,) = json.loads(inputs["out"].read_text())["answers"]
+    assert (assessed["reward"], assessed["opponent_reward"]) == pytest.approx((by_hand["chosen"], by_hand["rejected"]), abs=1e-4)
 
 
 def test_training_a_policy_and_choosing_its_checkpoint_read_the_same_log_probabilities(data, tmp_path):
