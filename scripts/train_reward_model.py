@@ -30,7 +30,7 @@ def main() -> None:
     """Run the program."""
     parser = command_line(__doc__, RewardModelSettings)
     parser.add_argument("--pairs", required=True, nargs="+", type=Path, help="pair records to train on")
-    parser.add_argument("--dev", required=True, type=Path, help="pair records for the accuracy at the end")
+    parser.add_argument("--dev", required=True, nargs="+", type=Path, help="pair records for the accuracy at the end")
     parser.add_argument("--weights", type=Path, help="manifest of local weights to start from (default: the model's own, from the Hub)")
     parser.add_argument("--resume-dir", required=True, type=Path, help="folder for what a later start can take up")
     parser.add_argument("--out", required=True, type=Path, help="manifest of the reward model")
@@ -39,7 +39,7 @@ def main() -> None:
     )
     add_reuse_argument(parser)
     with stage(parser) as run:
-        inputs = [*run.args.pairs, run.args.dev, run.args.weights, *deepspeed_files(run.settings.recipe)]
+        inputs = [*run.args.pairs, None, *run.args.dev, run.args.weights, *deepspeed_files(run.settings.recipe)]
         if run.adopts(inputs, [run.args.out, run.args.log]):
             return
         from transformers import AutoModelForSequenceClassification
@@ -50,7 +50,7 @@ def main() -> None:
         spec, recipe, seed = run.settings.model, run.settings.recipe, run.settings.seed
         pairs = [pair for path in run.args.pairs for pair in run.read(path, "pair")]
         check_pairs(pairs)
-        dev = run.read(run.args.dev, "pair")
+        dev = [pair for path in run.args.dev for pair in run.read(path, "pair")]
         weights = run.model(run.args.weights) if run.args.weights else None
         tokenizer = rewards.load_tokenizer(spec, weights)
         rows, cut = rewards.reward_rows(tokenizer, spec, pairs, recipe.max_length)

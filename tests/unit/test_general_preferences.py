@@ -58,6 +58,22 @@ def test_real_general_preferences_train_a_reward_model(source, source_cache, dat
     assert json.loads(outputs["log"].read_text())[-1]["dev_accuracy"] == pytest.approx(result["accuracy"]["value"])
 
 
+def test_general_preferences_merged_with_ours_train_one_model_with_both_dev_sides(data, tmp_path):
+    """Table 2's second rows: two files to train on, two dev files."""
+    general = BENCHMARK.with_name("general.jsonl")
+    columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    sides = read(general, tmp_path, source="general", adapter="chosen_rejected", columns=columns, dev_fraction=0.3)
+    assert (len(sides["train"]) + len(sides["dev"]), len(sides["test"])) == (14, 0)
+    recipe = RECIPE | {"epochs": 1, "batch_size": 4}
+    files = {"pairs": [data / "train.jsonl", tmp_path / "train.jsonl"], "dev": [data / "dev.jsonl", tmp_path / "dev.jsonl"]}
+    outputs = {"resume_dir": tmp_path / "work", "out": tmp_path / "model/manifest.json", "log": tmp_path / "log.json"}
+    settings = {"model": SPEC.model_dump(), "recipe": recipe, "seed": 7}
+    assert program("train_reward_model", **files, weights=data / "base/manifest.json", **outputs, settings=settings) == 0
+    account = json.loads((tmp_path / "model/manifest.json.prov.json").read_text())["rows"]["pairs"]
+    assert account["in"] == account["out"] == 21 + len(sides["train"])
+    assert json.loads(outputs["log"].read_text())[-1]["dev_pairs"] == 16 + len(sides["dev"])
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
 def test_rewardbench_from_file_to_section_scores(ending, reward_model, tmp_path):
     """Its own columns, in each format; the sections recounted over single prompts, as many times as its authors count them."""
