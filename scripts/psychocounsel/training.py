@@ -73,8 +73,11 @@ class Work:
         return self.name.is_file() and self.name.read_text() == self.identity
 
     def finished(self) -> bool:
-        """Say whether this very training has been finished here before."""
-        return self._is_mine() and self.log.is_file() and all(map(_whole_model, self.models))
+        """Say whether this very training has been finished here before; what a kill left of its checkpoints then goes, too."""
+        done = self._is_mine() and self.log.is_file() and all(map(_whole_model, self.models))
+        if done:
+            self._remove_checkpoints()
+        return done
 
     def newest_checkpoint(self, steps_of_models: list[int]) -> Path | None:
         """Return the newest whole checkpoint to go on from; a torn one is removed and the one before it counts."""
@@ -94,10 +97,13 @@ class Work:
     def finish(self, entries: list[dict]) -> None:
         """Keep the log, which says that the training is finished, drop the checkpoints and release the lock."""
         write_whole(self.log, orjson.dumps(entries))
+        self._remove_checkpoints()
+        self.lock.close()
+
+    def _remove_checkpoints(self) -> None:
         self.reference.unlink(missing_ok=True)
         for folder in self.folder.glob("checkpoint-*"):
-            shutil.rmtree(folder)
-        self.lock.close()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _step(checkpoint: Path) -> int:
