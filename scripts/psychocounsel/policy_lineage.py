@@ -27,6 +27,7 @@ LENGTHS = {  # columns of the table of lengths -> formula
     "At equal length (%)": "100 x sigmoid(a) of the fit log-odds(win) = a + b tanh(d / sd(d)), d their difference in characters",
     "Words": "mean number of words of the policy's answers",
     "Opponent's words": "mean number of words of the opponent's answers",
+    "Cut off (%)": "100 x share of the policy's answers that were cut off at max_tokens",
     "Off target (%)": "100 x mean of |words - asked words| / asked words over the policy's answers",
     "Within 10 % (%)": "100 x share of the policy's answers within 10 % of the words that were asked for",
     "Orders agree (%)": "100 x share of speeches judged alike in both orders",

@@ -192,6 +192,7 @@ def length_table(win_rates: dict[tuple[str, str], dict], settings: TableSettings
         "At equal length (%)",
         "Words",
         "Opponent's words",
+        "Cut off (%)",
         "Off target (%)",
         "Within 10 % (%)",
         "Orders agree (%)",
@@ -204,7 +205,7 @@ def length_table(win_rates: dict[tuple[str, str], dict], settings: TableSettings
         f"Win rate: against {settings.opponent}, judged by {settings.judge}, both orders.",
         "At equal length: predicted by a logistic regression on the difference in length, after AlpacaEval 2, without what needs its own"
         " data: each instruction's difficulty, and the pull towards its baseline told to be verbose or concise.",
-        "Off target: mean of |words - asked words| / asked words.",
+        "Cut off: share of the policy's answers that reached max_tokens. Off target: mean of |words - asked words| / asked words.",
         "First wins: share of the judge's decided verdicts that prefer the answer shown first; 50 means no position bias.",
     ]
     return Table("lengths", "Answer lengths and order effects behind the win rates", columns, groups, notes)
@@ -213,7 +214,7 @@ def length_table(win_rates: dict[tuple[str, str], dict], settings: TableSettings
 def length_row(title: str, result: dict | None) -> Row:
     """A row of the table of lengths."""
     if result is None:
-        return Row([title, *[NOT_JUDGED] * 9])
+        return Row([title, *[NOT_JUDGED] * 10])
     overall, controlled, lengths = result["protocols"]["robust"]["overall"], result["length_controlled"], result["lengths"]
     constraint, free = lengths["constraint"], Missing("No length was asked for.")
     notes = ["At equal length: extrapolated, since its answers are nearly all longer, or nearly all shorter, than the opponent's."]
@@ -225,6 +226,7 @@ def length_row(title: str, result: dict | None) -> Row:
             number({**controlled, "value": controlled["win_rate"]}, f"{controlled['reason']}.".capitalize(), 1, 100),
             Number(lengths["policy_words"], 0),
             Number(lengths["opponent_words"], 0),
+            Missing("Not known of recorded answers.") if lengths["cut_off"] is None else Number(100 * lengths["cut_off"], 1),
             Number(100 * constraint["mean_relative_error"], 1) if constraint else free,
             Number(100 * constraint["within_tenth"], 1) if constraint else free,
             Number(100 * result["orders"]["agreement"], 1),

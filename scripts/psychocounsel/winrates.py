@@ -153,12 +153,14 @@ def words(text: str) -> int:
 
 
 def answer_lengths(answers: dict[str, dict], opponent: dict[str, dict]) -> dict:
-    """Mean lengths in words, and how well the policy keeps the length that its prompt asked for."""
+    """Mean lengths in words, the share of answers cut off at max_tokens, and how well the policy keeps the length that it was asked for."""
     targeted = [(words(answer["text"]), answer["target_words"]) for answer in answers.values() if answer["target_words"]]
     errors = np.array([abs(count - target) / target for count, target in targeted])
+    ends = [answer["finish_reason"] == "length" for answer in answers.values() if answer["finish_reason"]]
     return {
         "policy_words": float(np.mean([words(answer["text"]) for answer in answers.values()])),
         "opponent_words": float(np.mean([words(answer["text"]) for answer in opponent.values()])),
+        "cut_off": float(np.mean(ends)) if ends else None,
         "constraint": {"n": len(targeted), "mean_relative_error": float(errors.mean()), "within_tenth": float((errors <= 0.1).mean())}
         if targeted
         else None,

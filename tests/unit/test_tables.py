@@ -263,7 +263,7 @@ def win_rates(policy: str, setting: str) -> dict:
         "principles": None,
         "orders": {"agreement": 0.9, "first_share": 0.55},
         "length_controlled": {"win_rate": None, "low": None, "high": None, "coefficient": None, "extrapolated": True, "reason": "every x"},
-        "lengths": {"policy_words": 200.0, "opponent_words": 150.0, "constraint": None},
+        "lengths": {"policy_words": 200.0, "opponent_words": 150.0, "cut_off": None, "constraint": None},
     }
 
 

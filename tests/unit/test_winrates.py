@@ -150,16 +150,22 @@ def test_extrapolation_is_told():
 
 
 def test_lengths_and_how_the_constraint_is_kept():
-    answers = {"a": {"text": "one two three four", "target_words": 5}, "b": {"text": "one two  three\nfour", "target_words": 4}}
+    answers = {
+        "a": {"text": "one two three four", "target_words": 5, "finish_reason": "length"},
+        "b": {"text": "one two  three\nfour", "target_words": 4, "finish_reason": "stop"},
+    }
     opponent = {"a": {"text": "x " * 5}, "b": {"text": "x " * 4}}
     got = winrates.answer_lengths(answers, opponent)
     assert got == {
         "policy_words": 4.0,
         "opponent_words": 4.5,
+        "cut_off": 0.5,
         "constraint": {"n": 2, "mean_relative_error": pytest.approx(0.1), "within_tenth": 0.5},
     }
     free = {name: {**answer, "target_words": None} for name, answer in answers.items()}
     assert winrates.answer_lengths(free, opponent)["constraint"] is None
+    recorded = {name: {**answer, "finish_reason": None} for name, answer in answers.items()}
+    assert winrates.answer_lengths(recorded, opponent)["cut_off"] is None
 
 
 def speech(i: int, split: str = "test") -> dict:
