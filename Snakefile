@@ -39,6 +39,7 @@ rule all:
         rules.write_release.output,
         [flow.reward_model(name) for name in flow.reward_models],
         [flow.policy(name) for name in flow.trained_policies],
+        flow.removals(),
         rules.make_tables.output,
         rules.plot_figures.output,
         rules.write_cards.output,

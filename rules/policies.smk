@@ -1,6 +1,7 @@
 # Policies: DPO on the run's pairs, and iterative DPO on pairs sampled from the newest policy (section 4.2).
 # A training leaves evenly spaced checkpoints in checkpoints/<k>/; checkpoints.json lists them by their manifests' sha256
-# and stands for them in rules. The checkpoint that is best on the dev pairs becomes model/.
+# and stands for them in rules. The checkpoint that is best on the dev pairs becomes model/. The weights of the others are removed once
+# nothing needs them (docs/disk.md): not declared, they go without a rerun, and their manifests stay.
 
 ROUND = flow.results("07_policies/{policy}/iteration-{iteration}")
 
@@ -113,16 +114,15 @@ rule train_policy:
         " --reuse work/cache --checkpoints {params.folder} --out {output.checkpoints} --log {output.log} 2> {log}"
 
 
-rule select_checkpoint:
+rule score_checkpoints:
     input:
-        rounds=flow.rounds,
+        checkpoints=f"{ROUND}/checkpoints.json",
         dev=flow.results("05_pairs/dev.jsonl"),
         weights=flow.policy_base,
     output:
-        manifest=flow.results("07_policies/{policy}/model/manifest.json"),
-        scores=flow.results("07_policies/{policy}/dev_scores.json"),
+        scores=f"{ROUND}/dev_scores.json",
     log:
-        flow.logs("select_checkpoint/{policy}.log"),
+        flow.logs("score_checkpoints/{policy}.{iteration}.log"),
     conda:
         "../envs/train.yaml"
     threads: 2
@@ -130,12 +130,59 @@ rule select_checkpoint:
         mem_mb=8000,
         runtime=240,
     params:
+        settings=slices.score_checkpoints,
+        code=code("score_checkpoints"),
+        weights=weights_option,
+    message:
+        "Score the checkpoints of {wildcards.policy}, iteration {wildcards.iteration}, on the dev pairs"
+    shell:
+        "python scripts/score_checkpoints.py --checkpoints {input.checkpoints} {params.weights} --dev {input.dev}"
+        " --settings {params.settings:q} --reuse work/cache --out {output.scores} 2> {log}"
+
+
+rule select_checkpoint:
+    input:
+        rounds=flow.rounds,
+        scores=flow.round_scores,
+    output:
+        manifest=flow.results("07_policies/{policy}/model/manifest.json"),
+        scores=flow.results("07_policies/{policy}/dev_scores.json"),
+    log:
+        flow.logs("select_checkpoint/{policy}.log"),
+    conda:
+        "../envs/data.yaml"
+    params:
         settings=slices.select_checkpoint,
         code=code("select_checkpoint"),
-        weights=weights_option,
-        candidates=flow.candidates,
     message:
         "Select the checkpoint of {wildcards.policy} on the dev pairs"
     shell:
-        "python scripts/select_checkpoint.py --candidates {params.candidates} {params.weights} --dev {input.dev}"
-        " --settings {params.settings:q} --reuse work/cache --out {output.manifest} --scores {output.scores} 2> {log}"
+        "python scripts/select_checkpoint.py --checkpoints {input.rounds} --round-scores {input.scores} --settings {params.settings:q}"
+        " --out {output.manifest} --scores {output.scores} 2> {log}"
+
+
+# Weights that no later stage needs go as soon as all who read them have ended; ready at once, it runs before other jobs.
+
+
+rule remove_checkpoints:
+    input:
+        rounds=flow.rounds_so_far,
+        scores=flow.round_scores_so_far,
+        readers=ancient(flow.checkpoint_readers),  # must have ended
+    output:
+        removed=f"{ROUND}/removed.json",
+    log:
+        flow.logs("remove_checkpoints/{policy}.{iteration}.log"),
+    priority: 1
+    localrule: True
+    conda:
+        "../envs/data.yaml"
+    params:
+        settings=slices.remove_checkpoints,
+        code=code("remove_checkpoints"),
+        resume=flow.resume_folders,
+    message:
+        "Remove the checkpoints of {wildcards.policy} that are no longer needed after iteration {wildcards.iteration}"
+    shell:
+        "python scripts/remove_checkpoints.py --checkpoints {input.rounds} --round-scores {input.scores} --resume-dirs {params.resume}"
+        " --cache work/cache --settings {params.settings:q} --out {output.removed} 2> {log}"

@@ -138,7 +138,7 @@ def speech_request(
 def asked_answers(run: Stage, requests: Collection[ChatRequest]) -> tuple[Collection[ChatAnswer], Collection[ChatFailure]]:
     """Ask the model, in one go for both settings: a model that is served starts once."""
     if run.args.weights and not run.args.plan:
-        run.model(run.args.weights)
+        run.knows(run.args.weights)  # answers that the journal holds need no model
     answers, failures, totals = complete(
         run.settings.model,
         requests,

@@ -26,7 +26,7 @@ from psychocounsel.journal import Journal, add_tokens, peek
 from psychocounsel.line import Call, Line, PassingFault, RefusedRequest, characters, judge, send_all
 from psychocounsel.models import ModelSpec
 from psychocounsel.pricing import cost, expected_cost, expected_tokens, read_price, usages
-from psychocounsel.records import canonical_json, content_hash, file_sha256
+from psychocounsel.records import canonical_json, content_hash, file_sha256, refuse_removed
 from psychocounsel.serving import name_at_server, transformers_options, while_served
 
 log = logging.getLogger("psychocounsel")
@@ -254,6 +254,8 @@ def ask_all(
     """Ask every call that is left and journal each outcome as it comes; without calls no server is started."""
     if next(iter(left()), None) is None:
         return
+    if folder:
+        refuse_removed(folder / "manifest.json")
     api_key, common = endpoint.api_key(), common_body(spec, endpoint, folder)
     if endpoint.kind == "batch":
         with money(kept.path) as purse:

@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+from psychocounsel.records import MARK, REMOVED
+
 CODE_VERSION = 1  # copies bytes and changes none
 
 
@@ -13,6 +15,17 @@ def link_model(source: Path, target: Path) -> None:
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         link_file(file, place)
+
+
+def remove_files(manifest: Path) -> None:
+    """Remove a model's files by design: a mark beside its manifest first, so that a kill in between leaves no damage."""
+    mark = manifest.with_name(REMOVED)
+    mark.write_bytes(MARK)
+    for path in sorted(manifest.parent.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_dir():
+            path.rmdir()
+        elif not path.name.startswith(manifest.name):
+            path.unlink()
 
 
 def link_file(source: Path, target: Path) -> None:

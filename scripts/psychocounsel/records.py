@@ -13,6 +13,8 @@ from psychocounsel.errors import UserError
 
 CODE_VERSION = 1  # counts in code fingerprints instead of this module's text; raise it when a file format changes
 
+REMOVED = "manifest.json.removed"  # beside the manifest of a model whose files were removed by design (remove_checkpoints.py)
+MARK = b"removed by design: no stage needed this model any more\n"  # all that stands in it
 SCHEMAS = Path(__file__).resolve().parent.parent.parent / "config" / "schemas"
 
 
@@ -122,9 +124,26 @@ def write_manifest(folder: Path) -> Path:
     return path
 
 
+def is_removed(manifest: Path) -> bool:
+    """Whether a model's files were removed by design and its manifest alone stays."""
+    return manifest.with_name(REMOVED).is_file()
+
+
+def refuse_removed(manifest: Path) -> None:
+    """Raise UserError for a model whose files were removed by design."""
+    if is_removed(manifest):
+        policy = manifest.parents[3]  # <policy>/iteration-1/checkpoints/2/manifest.json
+        raise UserError(
+            f"{manifest}: the model's files were removed by design, when no stage needed them any more (docs/disk.md). To train it again:"
+            f" rm -r {policy}/iteration-*/checkpoints and then snakemake --forcerun {policy}/iteration-1/checkpoints.json (with your"
+            " profile and config file). `keep_checkpoints: true` in the policy keeps them."
+        )
+
+
 def check_manifest(manifest: Path | str) -> Path:
     """Return the folder that a manifest stands for; raise UserError where a file is missing, added or altered."""
     manifest = Path(manifest)
+    refuse_removed(manifest)
     try:
         recorded = orjson.loads(manifest.read_bytes())["files"]
     except FileNotFoundError:

@@ -14,7 +14,7 @@ import orjson
 
 from psychocounsel.errors import UserError
 from psychocounsel.model_folders import link_file, link_model
-from psychocounsel.records import check_manifest, file_sha256
+from psychocounsel.records import REMOVED, check_manifest, file_sha256, is_removed
 
 CODE_VERSION = 1  # copies bytes and changes none
 
@@ -41,25 +41,33 @@ def keep(folder: Path, outputs: list[Path], rows: dict, facts: dict) -> None:
         shutil.rmtree(temporary)
 
 
-def find(folder: Path, outputs: int) -> dict | None:
-    """Return a whole entry, or None where there is none, or a file in it is not what it was."""
+def find(folder: Path, outputs: list[Path]) -> dict | None:
+    """Return a whole entry, or None where there is none, or a file in it is not what it was.
+
+    A model whose files were removed by design is found only for a place at which they were removed too: there nothing needs them.
+    """
     try:
         entry = orjson.loads((folder / ENTRY).read_bytes())
+        if len(entry["outputs"]) != len(outputs):
+            return None
         for number, sha256 in enumerate(entry["outputs"]):
             kept = folder / str(number)
             if file_sha256(kept / MODEL if kept.is_dir() else kept) != sha256:
                 return None
-            if kept.is_dir():
+            if kept.is_dir() and not (is_removed(kept / MODEL) and is_removed(outputs[number])):
                 check_manifest(kept / MODEL)
     except (FileNotFoundError, UserError, ValueError):
         return None
-    return entry if len(entry["outputs"]) == outputs else None
+    return entry
 
 
 def adopt(folder: Path, number: int, place: Path) -> None:
-    """Link one kept output to its place; of a model, the files without the manifest."""
+    """Link one kept output to its place; of a model, the files without the manifest, or of a removed one the manifest and its mark."""
     kept = folder / str(number)
-    if kept.is_dir():
+    if kept.is_dir() and is_removed(kept / MODEL):
+        link_file(kept / MODEL, place / MODEL)
+        link_file(kept / REMOVED, place / REMOVED)
+    elif kept.is_dir():
         link_model(kept, place)
     else:
         link_file(kept, place)

@@ -338,9 +338,20 @@ class Slices:
         return dict(model=self.spec(entry["base"]), recipe=recipe, checkpoints=entry.get("checkpoints", 1), seed=self.config["seed"])
 
     @settings
-    def select_checkpoint(self, wildcards) -> dict:
+    def score_checkpoints(self, wildcards) -> dict:
         """How dev pairs are scored."""
         return dict(model=self.spec(self.study.policies[wildcards.policy]["base"]), **self._scoring())
+
+    @settings
+    def select_checkpoint(self, wildcards) -> dict:
+        """Nothing."""
+        return {}
+
+    @settings
+    def remove_checkpoints(self, wildcards) -> dict:
+        """Whether this is the last round, from which a further one would go on."""
+        entry = self.study.policies[wildcards.policy]
+        return {"keep_last": entry["method"] == "dpo_iter" and int(wildcards.iteration) == entry["iterations"]}
 
     @settings
     def answer_opponent(self, wildcards) -> dict:

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from psychocounsel import provenance, reuse
 from psychocounsel.errors import UserError, nearest
-from psychocounsel.records import check_manifest, content_hash, dump_records, file_sha256, iter_records, write_manifest
+from psychocounsel.records import check_manifest, content_hash, dump_records, file_sha256, is_removed, iter_records, write_manifest
 
 CODE_VERSION = 1  # counts in code fingerprints instead of this module's text
 
@@ -153,6 +153,13 @@ class Stage:
             self.templates[provenance.shown(Path(manifest))] = template
         return folder
 
+    def knows(self, manifest: Path | str) -> None:
+        """Note a model that may not be needed: one whose files were removed by design stands by its manifest alone."""
+        if is_removed(Path(manifest)):
+            self.uses(manifest)
+        else:
+            self.model(manifest)
+
     def adopts(self, inputs: list[Path | None], outputs: list[Path]) -> bool:
         """Adopt the outputs of an earlier run of the same code and settings on the same input bytes; say whether there was one.
 
@@ -161,7 +168,7 @@ class Stage:
         """
         for path in inputs:
             if path and path.name == "manifest.json":
-                self.model(path)
+                self.knows(path)
             elif path:
                 self.uses(path)
         roles = [self.inputs[str(path)]["sha256"] if path else None for path in inputs]
@@ -169,7 +176,7 @@ class Stage:
             return False
         key = content_hash(provenance.identity(self.program, self.values, self.defaults, []), roles)
         self.kept = (Path(self.args.reuse) / key, outputs)
-        entry = reuse.find(self.kept[0], len(outputs))
+        entry = reuse.find(self.kept[0], outputs)
         if entry is None:
             return False
         if os.environ.get("RANK", "0") != "0":
@@ -228,7 +235,8 @@ class Stage:
         """Write provenance records and move every output into place."""
         finals: list[tuple[Path, Path]] = []
         for folder, temporary in self.folders.items():
-            finals.append((folder / "manifest.json", write_manifest(temporary)))
+            manifest = temporary / "manifest.json"
+            finals.append((folder / "manifest.json", manifest if is_removed(manifest) else write_manifest(temporary)))
         finals += list(self.outputs.items())
         identity = provenance.identity(self.program, self.values, self.defaults, list(self.inputs.values()))
         run = provenance.surroundings(self.started) | self._sources_of_answers() | {"facts": self.facts}

@@ -5,6 +5,7 @@ listed as affected. Damage (missing, altered, unrecorded, a broken chain) is kep
 and consistent, but made by other code, with other settings or other files of the configuration than those of today.
 """
 
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,10 +21,10 @@ from psychocounsel.errors import UserError
 from psychocounsel.fingerprint import SCRIPTS, code_modules
 from psychocounsel.presentation import current_settings
 from psychocounsel.provenance import RESULTS, SUFFIX, read_record, record_path
-from psychocounsel.records import content_hash, file_sha256
+from psychocounsel.records import MARK, REMOVED, content_hash, file_sha256, is_removed
 from psychocounsel.workflow import Workflow
 
-MANIFEST, CHECKPOINTS = "manifest.json", "checkpoints.json"
+MANIFEST, CHECKPOINTS, REMOVALS = "manifest.json", "checkpoints.json", "removed.json"
 FINAL = ("report.html", "summary.txt")  # what a finished run has
 # The report shows times and hosts from the records, so its bytes differ from one identical run to the next: the root hash
 # covers what it was made from and how, not its bytes.
@@ -81,7 +82,7 @@ def verify(flow: Workflow, target: Path | None = None) -> Verdict:
     """Verify a run, or a file or folder of it with everything that it was made from."""
     folder = Path(flow.results("")).as_posix()
     outputs, remarks = find_outputs(folder, target)
-    evidence = Evidence()
+    evidence = Evidence(whole=target is None)
     evidence.gather(outputs)
     evidence.hash_files()
     findings = [*own_faults(evidence), *chain_faults(evidence, flow)]
@@ -142,12 +143,15 @@ def is_recorded(path: Path) -> bool:
 class Evidence:
     """Records, sizes and hashes of outputs and of everything that they were made from."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole  # whether all of the run is looked at
         self.records: dict[str, dict | None] = {}  # path -> its record; None: there is none, or it is broken
         self.broken: dict[str, str] = {}  # path -> why its record cannot be believed
         self.members: dict[str, dict[str, dict]] = {}  # manifest -> file of its model -> {"sha256", "bytes"}
         self.strays: dict[str, list[str]] = {}  # manifest -> files in its folder that it does not name
         self.listed: dict[str, dict[str, str]] = {}  # checkpoints.json -> manifest -> sha256
+        self.removed: dict[str, int] = {}  # manifest of a model whose files were removed by design -> their bytes
+        self.removals: set[str] = set()  # such manifests, as removed.json tells
         self.sizes: dict[str, int] = {}
         self.sha256: dict[str, str] = {}  # of every file that is there
 
@@ -165,6 +169,8 @@ class Evidence:
                 self._read_manifest(path)
             if Path(path).name == CHECKPOINTS:
                 waiting += self._read_checkpoints(path)
+            if Path(path).name == REMOVALS:
+                self._read_removals(path)
 
     def _record(self, path: str) -> dict | None:
         try:
@@ -192,6 +198,9 @@ class Evidence:
             return  # its own sha256 says that it is gone or altered
         lying = {p.as_posix() for p in folder.rglob("*") if not p.is_dir() and not p.name.startswith(MANIFEST)}
         self.strays[path] = sorted(lying - self.members[path].keys())
+        if is_removed(Path(path)):
+            self.removed[path] = sum(facts["bytes"] for facts in named.values())
+            self.members[path] = {(folder / REMOVED).as_posix(): {"sha256": hashlib.sha256(MARK).hexdigest()}}
 
     def _read_checkpoints(self, path: str) -> list[str]:
         folder = Path(path).with_suffix("")
@@ -201,6 +210,12 @@ class Evidence:
         except (OSError, ValueError, KeyError, TypeError):
             return []
         return list(self.listed[path])
+
+    def _read_removals(self, path: str) -> None:
+        try:
+            self.removals |= {entry["checkpoint"] for entry in orjson.loads(Path(path).read_bytes())["removed"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # its own sha256 says that it is gone or altered
 
     def hash_files(self) -> None:
         """Hash every file that is there, on all cores, the largest first."""
@@ -239,8 +254,16 @@ class Evidence:
     def remarks(self) -> list[str]:
         """What a user should know that is no fault."""
         outside = sorted(path for path in self.records if lies_outside(path, self))
+        policies: dict[str, list[int]] = defaultdict(list)
+        for manifest, size in self.removed.items():
+            policies[Path(manifest).parents[3].as_posix()].append(size)
         by_hand = sorted(path for path, record in self.good() if record["job"] is None)
         return [
+            *(
+                f"{policy}: {count(sizes, 'checkpoint')} removed by design, {sum(sizes) / 1e9:,.1f} GB, when no stage needed them any more;"
+                " their manifests stay and are checked"
+                for policy, sizes in sorted(policies.items())
+            ),
             *(f"{path}: an input outside the project, known by its name alone: not checked" for path in outside),
             *(f"{path}: made by hand, without a job of the workflow: its settings are not compared with the config" for path in by_hand),
         ]
@@ -273,6 +296,10 @@ def own_faults(evidence: Evidence) -> Iterator[Finding]:
             yield Finding("bad record", path + SUFFIX, "names another size than the file's")
         elif path in named and there and not record and evidence.sha256[path] != named[path]:
             yield Finding("altered", path, f"its sha256 is not that in {CHECKPOINTS}")
+    tellers = [path for path in evidence.records if Path(path).name == REMOVALS]
+    if evidence.whole and all(map(evidence.intact, tellers)):
+        for manifest in evidence.removed.keys() - evidence.removals:
+            yield Finding("missing", manifest, f"its model's files are gone: a mark says by design, but no {REMOVALS} tells of it")
     for manifest, files in evidence.members.items():
         if evidence.records[manifest] and not evidence.intact(manifest) or evidence.sha256[manifest] not in evidence.read_as(manifest):
             continue  # an altered manifest says nothing about its files

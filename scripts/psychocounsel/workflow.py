@@ -300,19 +300,43 @@ class Workflow:
             return self.results("05_pairs/train.jsonl")
         return f"{self._round(wildcards.policy, int(wildcards.iteration))}/pairs.jsonl"
 
+    def _of_rounds(self, policy: str, name: str, until: int | None = None) -> list[str]:
+        """A file of each round of a policy, up to one or all."""
+        last = until or self.study.policies[policy].get("iterations", 1)
+        return [f"{self._round(policy, iteration)}/{name}" for iteration in range(1, last + 1)]
+
     def rounds(self, wildcards) -> list[str]:
         """The lists of checkpoints of all rounds of a policy."""
-        iterations = self.study.policies[wildcards.policy].get("iterations", 1)
-        return [f"{self._round(wildcards.policy, i)}/checkpoints.json" for i in range(1, iterations + 1)]
+        return self._of_rounds(wildcards.policy, "checkpoints.json")
 
-    def candidates(self, wildcards) -> str:
-        """The manifests of all checkpoints of a policy, in the order of training."""
-        entry = self.study.policies[wildcards.policy]
-        return " ".join(
-            f"{self._round(wildcards.policy, iteration)}/checkpoints/{number}/manifest.json"
-            for iteration in range(1, entry.get("iterations", 1) + 1)
-            for number in range(1, entry.get("checkpoints", 1) + 1)
-        )
+    def round_scores(self, wildcards) -> list[str]:
+        """The scores on the dev pairs of all rounds of a policy."""
+        return self._of_rounds(wildcards.policy, "dev_scores.json")
+
+    def rounds_so_far(self, wildcards) -> list[str]:
+        """The lists of checkpoints up to a round."""
+        return self._of_rounds(wildcards.policy, "checkpoints.json", int(wildcards.iteration))
+
+    def round_scores_so_far(self, wildcards) -> list[str]:
+        """The scores on the dev pairs up to a round."""
+        return self._of_rounds(wildcards.policy, "dev_scores.json", int(wildcards.iteration))
+
+    def checkpoint_readers(self, wildcards) -> list[str]:
+        """What the jobs make, besides the dev scores, that read the checkpoints of a policy up to a round."""
+        policy, iteration = wildcards.policy, int(wildcards.iteration)
+        entry = self.study.policies[policy]
+        last = iteration * entry.get("checkpoints", 1)
+        following = self._of_rounds(policy, "checkpoints.json", iteration + 1)[-1:] if iteration < entry.get("iterations", 1) else []
+        return [*following, *(self.assessment(*point) for point in self.monitored() if point[0] == policy and point[1] <= last)]
+
+    def resume_folders(self, wildcards) -> str:
+        """The resume folders of a policy's trainings up to a round."""
+        return " ".join(self.work(f"checkpoints/policies/{wildcards.policy}.{i}") for i in range(1, int(wildcards.iteration) + 1))
+
+    def removals(self) -> list[str]:
+        """What tells of the removed checkpoints of each round of the policies that do not keep them."""
+        passing = [name for name in self.trained_policies if not self.study.policies[name].get("keep_checkpoints", False)]
+        return [file for name in passing for file in self._of_rounds(name, "removed.json")]
 
     # Checkpoints that are judged and assessed, numbered through all rounds of a policy's training
 
@@ -333,7 +357,7 @@ class Workflow:
 
     def checkpoint_lists(self, wildcards) -> list[str]:
         """The lists of checkpoints of all rounds up to a numbered checkpoint's."""
-        return [f"{self._round(wildcards.policy, i)}/checkpoints.json" for i in range(1, self._place(wildcards)[0] + 1)]
+        return self._of_rounds(wildcards.policy, "checkpoints.json", self._place(wildcards)[0])
 
     def checkpoint_weights(self, wildcards) -> str:
         """--weights of a numbered checkpoint."""
@@ -401,7 +425,11 @@ class Workflow:
 
     def assessments(self) -> list[str]:
         """The assessments of the same checkpoints."""
-        return [self.results(f"08_answers/{policy}/checkpoint-{number}.assessment.json") for policy, number in self.monitored()]
+        return [self.assessment(*point) for point in self.monitored()]
+
+    def assessment(self, policy: str, number: int) -> str:
+        """The assessment of a checkpoint."""
+        return self.results(f"08_answers/{policy}/checkpoint-{number}.assessment.json")
 
 
 def weights_name(weights: dict) -> str:

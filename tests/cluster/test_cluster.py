@@ -17,7 +17,7 @@ from psychocounsel.records import check_manifest, read_records
 
 pytestmark = pytest.mark.slow
 
-GPU_RULES = {"rule_train_reward_model", "rule_train_policy", "rule_score_pairs", "rule_select_checkpoint"}
+GPU_RULES = {"rule_train_reward_model", "rule_train_policy", "rule_score_pairs", "rule_score_checkpoints"}
 
 
 def test_the_run_ends_well(run):

@@ -19,6 +19,8 @@ from psychocounsel.monitor_views import join_points, monitor_table, plot_checkpo
 from psychocounsel.records import dump_records, validator
 from test_training import PROMPT, RECIPE, SPEC, a_sample, a_speech, an_id, data, one_thread, program, reward_training, toy_pair  # noqa: F401
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # of trl's use of transformers
+
 # --- measures
 
 

@@ -545,29 +545,6 @@ def test_samples_with_one_reward_make_no_pair():
     assert rank_samples.no_pair(two[:1], {one: 0.5}) == "one answer alone"
 
 
-@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=8))
-def test_the_earliest_of_the_best_is_chosen(accuracies):
-    chosen = importlib.import_module("select_checkpoint").choose(accuracies)
-    assert accuracies[chosen] == max(accuracies)
-    assert all(accuracy < accuracies[chosen] for accuracy in accuracies[:chosen])
-
-
-def test_select_checkpoint_prefers_what_has_learned(policy, data, tmp_path):
-    candidates = [data / "base/manifest.json", *(policy / f"checkpoints/{k}/manifest.json" for k in (1, 2, 3))]
-    arguments = {"candidates": candidates, "weights": data / "base/manifest.json", "dev": data / "dev.jsonl"}
-    settings = {"model": SPEC.model_dump(), "max_length": 320, "batch_size": 4}
-    assert (
-        program("select_checkpoint", **arguments, out=tmp_path / "best/manifest.json", scores=tmp_path / "scores.json", settings=settings)
-        == 0
-    )
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores[0]["accuracy"] == scores[0]["mean_margin"] == 0.0, "against itself the base prefers nothing"
-    accuracies = [score["accuracy"] for score in scores]
-    assert max(accuracies) >= 0.9
-    chosen = candidates[accuracies.index(max(accuracies))]
-    assert (tmp_path / "best/manifest.json").read_bytes() == chosen.read_bytes()
-
-
 def test_a_linked_model_is_whole_and_has_a_manifest_of_its_own(data, tmp_path):
     link_model(data / "base", tmp_path)
     assert not (tmp_path / "manifest.json").exists()

@@ -67,7 +67,9 @@ def calls(flow: Workflow) -> list[tuple[str, str]]:
     for policy in flow.trained_policies:
         found += [
             ("train_policy", slices.train_policy(w(policy=policy))),
+            ("score_checkpoints", slices.score_checkpoints(w(policy=policy, iteration="1"))),
             ("select_checkpoint", slices.select_checkpoint(w(policy=policy))),
+            ("remove_checkpoints", slices.remove_checkpoints(w(policy=policy, iteration="1"))),
         ]
         checkpoint = w(policy=policy, checkpoint="1")
         found += [("generate_responses", slices.answer_checkpoint(checkpoint)), ("judge_answers", slices.judge_checkpoint(checkpoint))]
@@ -169,7 +171,8 @@ def test_rounds_chain_from_the_base_to_the_last(flow):
         for earlier, later in zip(where, where[1:], strict=False):
             assert flow.round_before(later) == [flow.results(f"07_policies/{policy}/iteration-{earlier.iteration}/checkpoints.json")]
             assert f"iteration-{earlier.iteration}/" in flow.sampling_weights(later)
-        assert len(flow.candidates(where[0]).split()) == last * flow.study.policies[policy].get("checkpoints", 1)
+        assert flow.rounds(where[0]) == flow.rounds_so_far(where[-1])
+        assert len(flow.round_scores(where[0])) == last
 
 
 def test_checkpoints_are_numbered_through_all_rounds(flow):
@@ -184,9 +187,22 @@ def test_checkpoints_are_numbered_through_all_rounds(flow):
                 assert flow.checkpoint_weights(where) == f"--weights {folder}/checkpoints/{k}/manifest.json"
                 assert flow.checkpoint_list(where) == flow.checkpoint_lists(where)[-1] == f"{folder}/checkpoints.json"
                 assert len(flow.checkpoint_lists(where)) == iteration
-        assert number == len(flow.candidates(where).split())
         assert (policy in flow.config["evaluation"]["checkpoints"]) == ((policy, number) in flow.monitored())
         assert (policy, number + 1) not in flow.monitored()
+
+
+def test_checkpoints_are_removed_after_all_who_read_them_unless_the_policy_keeps_them():
+    flow = load([])
+    policy = "llama3-8b-dpo-iter"
+    folder = flow.results(f"07_policies/{policy}")
+    readers = flow.checkpoint_readers(Wildcards(policy=policy, iteration="3"))
+    assert readers == [f"{folder}/iteration-4/checkpoints.json", *(flow.assessment(policy, number) for number in (1, 2, 3))]
+    assert f"{folder}/iteration-17/checkpoints.json" not in flow.checkpoint_readers(Wildcards(policy=policy, iteration="16"))
+    of_one_round = flow.checkpoint_readers(Wildcards(policy="llama3-8b-dpo", iteration="1"))
+    assert of_one_round == [flow.assessment("llama3-8b-dpo", number) for number in range(1, 9)]
+    assert [file for file in flow.removals() if f"/{policy}/" in file] == [f"{folder}/iteration-{i}/removed.json" for i in range(1, 17)]
+    flow.study.policies[policy]["keep_checkpoints"] = True
+    assert not [file for file in flow.removals() if f"/{policy}/" in file]
 
 
 def rules() -> list[tuple[str, str]]:

@@ -105,7 +105,9 @@ def files_with_bytes() -> list[Path]:
 
 def test_a_finished_run_is_well(flow):
     verdict = verify(flow)
-    assert (verdict.status, verdict.findings, verdict.remarks) == (0, [], [])
+    assert (verdict.status, verdict.findings) == (0, [])
+    assert verdict.remarks
+    assert all("removed by design" in remark for remark in verdict.remarks)
     results = [path for path in RUN.rglob("*") if path.is_file() and not path.name.endswith(SUFFIX)]
     assert verdict.files > len(results)
     assert verdict.bytes > sum(path.stat().st_size for path in results)
@@ -227,7 +229,25 @@ def test_what_a_killed_job_left_is_a_remark(flow):
         left.write_text("1")
         verdict = verify(flow)
         assert (verdict.status, verdict.findings) == (0, [])
-        assert left.as_posix() in verdict.remarks[0]
+        assert any(left.as_posix() in remark for remark in verdict.remarks)
+
+
+def test_a_model_that_was_removed_by_design_is_told_and_one_that_is_missing_found(flow):
+    folder = RUN / "07_policies/micro-dpo"
+    (mark,) = folder.rglob("*.removed")
+    manifest, told = mark.with_name("manifest.json"), folder / "iteration-1/removed.json"
+    assert any(remark.startswith(f"{folder}: 1 checkpoint removed by design") for remark in verify(flow).remarks)
+    with kept(mark):
+        mark.unlink()
+        assert ("missing", mark.with_name("model.safetensors").as_posix()) in {(f.kind, f.path) for f in verify(flow).findings}
+    with kept(told, record_path(told)):
+        told.unlink()
+        record_path(told).unlink()
+        assert [(f.kind, f.path) for f in verify(flow).findings] == [("missing", manifest.as_posix())], "a mark alone proves nothing"
+    stranger = mark.with_name("model.safetensors.2")
+    with kept(stranger):
+        stranger.write_text("1")
+        assert [(f.kind, f.path) for f in verify(flow).findings] == [("unrecorded", stranger.as_posix())]
 
 
 EDITS = {

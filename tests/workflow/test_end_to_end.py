@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.project import is_comparison
 
-from psychocounsel.records import check_manifest, read_records
+from psychocounsel.records import check_manifest, is_removed, read_records
 
 pytestmark = pytest.mark.slow
 
@@ -88,16 +88,37 @@ def test_rows_are_accounted_for_from_source_to_pairs(project, finished):
             assert scores[pair["chosen_id"]]["total"] - scores[pair["rejected_id"]]["total"] >= 7
 
 
-def test_models_are_whole_and_differ(project, finished):
-    weights = {}
+def test_models_are_whole_and_differ_and_only_what_the_config_keeps_is_there(project, finished):
+    """Without keep_checkpoints: the best checkpoint, the last of iterative DPO, and of the others nothing but the manifest."""
+    whole, removed = {}, set()
     for manifest in project.path(".").rglob("manifest.json"):
-        check_manifest(manifest)
-        files = json.loads(manifest.read_text())["files"]
-        weights[manifest.parent.relative_to(project.path("."))] = files["model.safetensors"]["sha256"]
-    checkpoints = [sha for path, sha in weights.items() if "checkpoints" in path.parts]
-    assert len(checkpoints) == len(set(checkpoints)) == 4  # DPO's two, and one of each iteration
-    for policy in ("micro-dpo", "micro-dpo-iter"):
-        assert weights[Path(f"07_policies/{policy}/model")] in checkpoints
+        name = manifest.parent.relative_to(project.path("."))
+        if is_removed(manifest):
+            removed.add(name)
+            assert {p.name for p in manifest.parent.iterdir()} == {f"manifest.json{end}" for end in ("", ".prov.json", ".removed")}
+        else:
+            check_manifest(manifest)
+            whole[name] = json.loads(manifest.read_text())["files"]["model.safetensors"]["sha256"]
+    expected, chosen = set(), []
+    for policy, rounds in (("micro-dpo", [2]), ("micro-dpo-iter", [1, 1])):
+        folder = Path("07_policies") / policy
+        names = [folder / f"iteration-{i}/checkpoints/{k}" for i, count in enumerate(rounds, 1) for k in range(1, count + 1)]
+        scores = json.loads(project.path(folder / "dev_scores.json").read_text())
+        assert [Path(score["checkpoint"]).parent.relative_to("results/micro") for score in scores] == names
+        best = names[max(range(len(names)), key=lambda place: (scores[place]["accuracy"], -place))]
+        assert whole[folder / "model"] == whole[best]
+        chosen += [folder / "model", best]
+        expected |= {best, names[-1]} if policy == "micro-dpo-iter" else {best}
+        told = json.loads(project.path(folder / f"iteration-{len(rounds)}/removed.json").read_text())
+        assert {Path(entry["checkpoint"]).parent.relative_to("results/micro") for entry in told["removed"]} == set(names) - expected
+        assert set(names) - expected == {name for name in removed if policy in name.parts}
+    assert set(whole) == expected | {Path("06_reward_models/micro-reward/model"), *(name for name in chosen if name.name == "model")}
+    assert len({whole[name] for name in expected}) == len(expected)
+    assert removed, "one of DPO's two checkpoints at least"
+    kept = {p.stat().st_ino for p in project.path(".").rglob("*.safetensors")}
+    elsewhere = [p for folder in ("cache", "micro/checkpoints") for p in (project.folder / "work" / folder).rglob("*.safetensors")]
+    assert elsewhere
+    assert {p.stat().st_ino for p in elsewhere} <= kept, "what work/ holds besides are links: it takes no room of its own"
 
 
 def test_tables_have_no_empty_cell(project, finished):
@@ -159,7 +180,7 @@ def test_checkpoints_of_all_rounds_are_monitored(project, finished):
 def test_every_result_has_a_provenance_record(project, finished):
     for file in project.path(".").rglob("*"):
         inside_a_model = (file.parent / "manifest.json").is_file() and file.name != "manifest.json"
-        if file.is_file() and not file.name.endswith(".prov.json") and not inside_a_model:
+        if file.is_file() and not file.name.endswith((".prov.json", ".removed")) and not inside_a_model:
             record = json.loads(file.with_name(file.name + ".prov.json").read_text())
             assert record["output"]["path"] == file.relative_to(project.folder).as_posix()
 

@@ -38,7 +38,7 @@ READERS = {  # rule -> rules that read its outputs
     "assess_judge": "make_tables plot_figures",
     "score_responses": "build_pairs make_tables plot_figures write_release",
     "build_pairs": "report_contamination train_reward_model score_pairs rank_pairs evaluate_rewards evaluate_rankings train_policy"
-    " select_checkpoint make_tables plot_figures write_release summarise_run",
+    " score_checkpoints make_tables plot_figures write_release summarise_run",
     "report_contamination": "make_tables",
     "train_reward_model": "score_pairs rank_samples assess_checkpoint plot_figures write_cards",
     "score_pairs": "evaluate_rewards",
@@ -48,8 +48,11 @@ READERS = {  # rule -> rules that read its outputs
     "sample_prompts": "sample_responses rank_samples",
     "sample_responses": "rank_samples",
     "rank_samples": "train_policy",
-    "train_policy": "sample_responses train_policy select_checkpoint answer_checkpoint assess_checkpoint plot_figures write_cards",
+    "train_policy": "sample_responses train_policy score_checkpoints select_checkpoint answer_checkpoint"
+    " assess_checkpoint remove_checkpoints plot_figures write_cards",
+    "score_checkpoints": "select_checkpoint remove_checkpoints",
     "select_checkpoint": "answer_speeches write_cards",
+    "remove_checkpoints": "",
     "answer_opponent": "answer_speeches judge_answers judge_again compute_win_rates choose_cases judge_checkpoint"
     " compute_checkpoint_win_rate assess_checkpoint",
     "answer_speeches": "judge_answers judge_again compute_win_rates choose_cases",
@@ -242,8 +245,16 @@ MATRIX = [
     (
         "an iteration more",
         one_more_iteration,
-        "sample_prompts select_checkpoint write_cards",
-        {"sample_prompts": 1, "sample_responses": 1, "rank_samples": 1, "train_policy": 1, "select_checkpoint": 1, "judge_answers": 2},
+        "sample_prompts select_checkpoint remove_checkpoints write_cards",
+        {
+            "remove_checkpoints": 2,
+            "sample_prompts": 1,
+            "sample_responses": 1,
+            "rank_samples": 1,
+            "train_policy": 1,
+            "select_checkpoint": 1,
+            "judge_answers": 2,
+        },
     ),
     ("the format of a table", text("scripts/make_tables.py", "{first:.1f}", "{first:.2f}"), "make_tables", {}),
     ("a comment everywhere in code and rules", comments, "", {}),
@@ -288,7 +299,7 @@ MATRIX = [
     (
         "two values of one rule, swapped",
         study(reward_evaluation={"max_length": 8, "batch_size": 768}),
-        "score_pairs rank_samples select_checkpoint assess_checkpoint",
+        "score_pairs rank_samples score_checkpoints assess_checkpoint",
         {"train_reward_model": 0},
     ),
     ("the resamples of a reward model's metrics", study(reward_evaluation={"bootstrap": 60}), "evaluate_rewards evaluate_rankings", {}),
