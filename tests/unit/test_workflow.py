@@ -175,6 +175,22 @@ def test_rounds_chain_from_the_base_to_the_last(flow):
         assert len(flow.round_scores(where[0])) == last
 
 
+@pytest.mark.parametrize("start", ["previous", "base"])
+@pytest.mark.parametrize("reference", ["previous", "base"])
+def test_a_round_starts_from_and_stays_close_to_what_the_policy_says(start, reference):
+    flow = load(["demo"])
+    policy = "smollm2-135m-dpo-iter"
+    flow.study.policies[policy].update(start=start, reference=reference, iterations=3)
+    (base,) = flow.policy_base(Wildcards(policy=policy))
+    for iteration in (1, 2, 3):
+        where = Wildcards(policy=policy, iteration=str(iteration))
+        newest = flow.results(f"07_policies/{policy}/iteration-{iteration - 1}/checkpoints/1/manifest.json") if iteration > 1 else base
+        trained, close_to = (newest if choice == "previous" else base for choice in (start, reference))
+        assert flow.start_options(where) == f"--weights {trained} --reference {close_to}"
+        assert flow.sampling_weights(where) == f"--weights {newest}", "answers are sampled from the newest policy whatever is trained"
+        assert flow.round_before(where)[0] == (base if iteration == 1 else f"{Path(newest).parents[2]}/checkpoints.json")
+
+
 def test_checkpoints_are_numbered_through_all_rounds(flow):
     """Against a walk over the rounds: each checkpoint has one number, and is found in its own round."""
     for policy in flow.trained_policies:
