@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 MEASURES = [  # column of the table -> measure of an assessment, digits, factor
     ("Reward", "reward", 3, 1),
     ("Reward model's win rate (%)", "preferred", 1, 100),
-    ("KL", "kl", 2, 1),
+    ("KL", "kl", 3, 1),
     ("KL per token", "kl_per_token", 4, 1),
-    ("Log ratio", "log_ratio", 2, 1),
+    ("Log ratio", "log_ratio", 3, 1),
     ("Tokens", "tokens", 0, 1),
     ("Words", "words", 0, 1),
     ("Cut off (%)", "truncated", 1, 100),
@@ -123,7 +123,7 @@ def plot_monitor(points: dict[str, list[Point]], policies: list[str], title: "Ca
             style = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
             line = "-" if k < len(COLOURS) else ":"
             band(panel, steps, [point.measure(name) for point in points[policy]], factor, *style, title(policy), line)
-        panel.set(title=heading, xlabel="optimiser step")
+        panel.set(title=heading, xlabel="optimiser step", **({"ylim": (0, None)} if factor == 100 else {}))
         panel.xaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_axis_off()
     axes[-1].legend(*axes[-2].get_legend_handles_labels(), loc="center", title="by step")
