@@ -59,7 +59,7 @@ def main() -> None:
             "pairs": len(pairs),
             "n": len(verdicts),
             **measure(list(verdicts.values()), run.settings),
-            "sections": benchmark(right, pairs, run.settings.sections) if run.settings.sections else None,
+            "sections": benchmark(right, pairs, run.settings) if run.settings.sections else None,
         }
         if result["at_chance"]:
             log.warning("%s is not shown to rank better than chance: the interval of its accuracy reaches down to 0.5", run.settings.name)
@@ -142,15 +142,15 @@ def ranker_metrics(verdicts: list[dict], settings: EvaluationSettings) -> dict:
     }
 
 
-def benchmark(right: dict[str, bool], pairs: dict[str, dict], sections: dict[str, dict[str, int]]) -> dict:
+def benchmark(right: dict[str, bool], pairs: dict[str, dict], settings: EvaluationSettings) -> dict:
     """RewardBench's scores; raise UserError for a pair whose subset is in no section."""
-    known = {subset for weights in sections.values() for subset in weights}
+    known = {subset for weights in settings.sections.values() for subset in weights}
     by_subset: dict[str, list[bool]] = defaultdict(list)
     for pair_id, verdict in right.items():
         if (subset := pairs[pair_id]["subset"]) not in known:
             raise UserError(f"pair {pair_id}: its subset {subset!r} is in no section; add it to the setting sections")
         by_subset[subset].append(verdict)
-    scores = metrics.benchmark_scores(by_subset, sections)
+    scores = metrics.benchmark_scores(by_subset, settings.sections, settings.bootstrap, settings.seed)
     if scores["missing"]:
         log.warning("subsets without a pair, left out of their sections: %s", ", ".join(scores["missing"]))
     return scores

@@ -376,7 +376,8 @@ def ablation_table(metrics: dict[str, dict], benchmark: dict[str, dict], paper: 
     others = [reported_ablation_row(entry["base"], entry["data"], entry) for row, entry in by_row.items() if row not in mapped.values()]
     columns = ["Base", "Training data", "Source", "Acc. (%)", "AUC", "Brier", "ECE", "RewardBench (%)"]
     notes = [
-        "RewardBench: mean of its sections Chat, Chat Hard, Safety and Reasoning, each a mean over prompts, mathematics as much as code."
+        "RewardBench: mean of its sections Chat, Chat Hard, Safety and Reasoning, each a mean over prompts, mathematics as much as code.",
+        "In brackets: 95 % bootstrap intervals over speeches; of RewardBench over the prompts of each subset.",
     ]
     title = "Reward models trained on general data, without and with ours (Table 2)"
     return Table("reward_ablation", title, columns, [("", rows), (ORIENTATION, others)], notes)
@@ -392,7 +393,7 @@ def ablation_row(entry: Ablation, result: dict | None, benchmark: dict | None) -
     )
     overall, notes = Missing("RewardBench was not run for this model."), [AT_CHANCE] if result and result["at_chance"] else []
     if benchmark:
-        overall = Number(100 * benchmark["sections"]["overall"], 1)
+        overall = number(benchmark["sections"]["overall"], "No subset had a pair.", 1, 100)
         if benchmark["sections"]["missing"]:
             notes.append(f"RewardBench without the subsets that had no pair: {', '.join(benchmark['sections']['missing'])}.")
     return Row([entry.base, entry.data, "this run", *cells, overall], notes)

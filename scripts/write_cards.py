@@ -178,7 +178,7 @@ def reward_results(model: Model, settings: CardSettings, measured: dict | None, 
     ]
     if benchmark:
         theirs = {"dataset_type": "allenai/reward-bench", "dataset_name": "RewardBench", "dataset_split": "filtered"}
-        scores = {"Score": benchmark["sections"]["overall"], **benchmark["sections"]["scores"]}
+        scores = {"Score": benchmark["sections"]["overall"]["value"], **benchmark["sections"]["scores"]}
         found += [
             EvalResult(**task, **theirs, metric_type="accuracy", metric_name=name, metric_value=round(value, 4))
             for name, value in scores.items()

@@ -74,7 +74,7 @@ def metrics(cell: Cell, run: RecordLineage, name: str, metric: str, benchmark: b
         right = {pair_id: row["reward_chosen"] > row["reward_rejected"] for pair_id, row in verdicts.items()}
     again |= {
         "n": len(verdicts),
-        "sections": evaluate_rewards.benchmark(right, by_id, settings.sections) if settings.sections else None,
+        "sections": evaluate_rewards.benchmark(right, by_id, settings) if settings.sections else None,
     }
     result, again = (found | (found["orders"] or {}) for found in (result, again))
     label = "mean of the sections" if metric == "sections" else metric
@@ -106,5 +106,6 @@ def prediction(file: str, line: int, row: dict) -> Node:
 
 def value_of(metric: object) -> str:
     """Return a metric as text."""
-    value = metric.get("value", metric.get("overall")) if isinstance(metric, dict) else metric
-    return "n/a" if value is None else f"{value:.5f}" if isinstance(value, float) else str(value)
+    if isinstance(metric, dict):
+        return value_of(metric["overall"] if "overall" in metric else metric["value"])
+    return "n/a" if metric is None else f"{metric:.5f}" if isinstance(metric, float) else str(metric)

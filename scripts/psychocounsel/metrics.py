@@ -146,7 +146,7 @@ def at_chance(accuracy: dict) -> bool:
     return accuracy["low"] <= 0.5
 
 
-def benchmark_scores(right: dict[str, list[bool]], sections: dict[str, dict[str, int]]) -> dict:
+def benchmark_scores(right: dict[str, list[bool]], sections: dict[str, dict[str, int]], resamples: int, seed: int) -> dict:
     """Section scores of RewardBench from the verdicts of each subset, and their mean, as its authors define them.
 
     "For all the subsets except for Reasoning, we perform per-prompt weighted averaging across all the prompts in the
@@ -155,16 +155,25 @@ def benchmark_scores(right: dict[str, list[bool]], sections: dict[str, dict[str,
     code calculate_scores_per_section). The overall score is the mean of the sections; the Prior Sets, which they dropped
     later, are left out. `sections` holds each subset's weight (config/paper.yaml). A tie of rewards is wrong, as in their
     code. A subset without pairs counts in no section and is listed; so is a section without subsets, which they score 0.
+
+    The overall score is an estimate with a bootstrap interval over the prompts of each subset, whose numbers are part of the
+    benchmark and stay: with replacement, n verdicts of which a share a is right have Binomial(n, a) right ones.
     """
+    rng = np.random.default_rng(seed)
     subsets = {name: {"accuracy": float(np.mean(verdicts)), "n": len(verdicts)} for name, verdicts in sorted(right.items())}
+    drawn = {  # subset -> its accuracy, then those of its replicates
+        name: np.append(found["accuracy"], rng.binomial(found["n"], found["accuracy"], resamples) / found["n"])
+        for name, found in subsets.items()
+    }
     scores = {}
     for section, subset_weights in sections.items():
         present = [name for name in subset_weights if name in subsets]
         if present:
-            scores[section] = float(np.average([subsets[n]["accuracy"] for n in present], weights=[subset_weights[n] for n in present]))
+            scores[section] = np.average([drawn[n] for n in present], axis=0, weights=[subset_weights[n] for n in present])
+    overall = np.mean(list(scores.values()), axis=0) if scores else np.full(1, np.nan)
     return {
-        "scores": scores,
-        "overall": float(np.mean(list(scores.values()))) if scores else None,
+        "scores": {section: float(score[0]) for section, score in scores.items()},
+        "overall": with_interval(float(overall[0]), overall[1:]),
         "subsets": subsets,
         "missing": sorted(name for weights in sections.values() for name in weights if name not in subsets),
     }

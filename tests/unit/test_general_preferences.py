@@ -97,7 +97,7 @@ def test_rewardbench_from_file_to_section_scores(ending, reward_model, tmp_path)
         verdicts = [right[subset] for subset, weight in weights.items() for _ in range(weight)]
         scores[section] = sum(verdicts) / len(verdicts)
     assert result["sections"]["scores"] == pytest.approx(scores)
-    assert result["sections"]["overall"] == pytest.approx(sum(scores.values()) / 4)
+    assert result["sections"]["overall"]["value"] == pytest.approx(sum(scores.values()) / 4)
     assert result["sections"]["missing"] == []
 
 

@@ -178,10 +178,23 @@ def test_undefined_metric_is_null():
 def test_benchmark_scores_follow_the_authors_definition():
     sections = {"Chat": {"easy": 100, "hard": 300}, "Reasoning": {"math": 984, "cpp": 492, "go": 492}, "Safety": {"refusals": 10}}
     right = {"easy": [True, False], "hard": [True], "math": [False, True, True, True], "cpp": [True], "go": [False]}
-    got = metrics.benchmark_scores(right, sections)
+    got = metrics.benchmark_scores(right, sections, 20, seed=1)
     assert got["scores"] == {"Chat": pytest.approx((0.5 * 100 + 300) / 400), "Reasoning": pytest.approx(0.5 * 0.75 + 0.25 * 1 + 0.25 * 0)}
-    assert got["overall"] == pytest.approx(np.mean(list(got["scores"].values())))
+    assert got["overall"]["value"] == pytest.approx(np.mean(list(got["scores"].values())))
     assert got["missing"] == ["refusals"]
+
+
+def test_the_interval_of_the_benchmark_agrees_with_direct_resampling_of_each_subset():
+    rng = np.random.default_rng(3)
+    right = {name: (rng.random(n) < share).tolist() for name, n, share in (("easy", 60, 0.9), ("hard", 40, 0.5), ("math", 80, 0.7))}
+    sections = {"Chat": {"easy": 60, "hard": 40}, "Reasoning": {"math": 200}}
+    direct = []
+    for _ in range(4000):
+        easy, hard, math = (np.mean(rng.choice(verdicts, len(verdicts))) for verdicts in right.values())
+        direct.append(((60 * easy + 40 * hard) / 100 + math) / 2)
+    got = metrics.benchmark_scores(right, sections, 4000, seed=1)["overall"]
+    assert [got["low"], got["high"]] == pytest.approx(np.quantile(direct, [0.025, 0.975]), abs=0.008)
+    assert got["low"] <= got["value"] <= got["high"]
 
 
 def predictions(n: int, shift: float) -> list[dict]:
