@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 from psychocounsel.config import about_unpinned, load_study
 from psychocounsel.errors import UserError
 from psychocounsel.presentation import Presentation
-from psychocounsel.site import requested_gpus
+from psychocounsel.site import launcher, requested_gpus
 from psychocounsel.slices import Slices
 from psychocounsel.workflow import Workflow as StudyWorkflow  # these names live in Snakemake's own module, which has a Workflow
 from psychocounsel.workflow import SECOND_JUDGE, code
@@ -94,6 +94,11 @@ def gpus_option(wildcards, input, resources):
 def chance_option(wildcards, input):
     """--stop-at-chance where the config says so: a guard, on which no result depends."""
     return "--stop-at-chance" if config["reward_evaluation"]["stop_at_chance"] else ""
+
+
+def training_launcher(wildcards, input, resources, threads):
+    """What stands in front of a training program on the GPUs and nodes that the job is given."""
+    return launcher(requested_gpus(resources), resources.get("nodes") or 1, threads)
 
 
 def recorded_option(wildcards, input):

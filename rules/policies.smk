@@ -104,14 +104,15 @@ rule train_policy:
     params:
         settings=slices.train_policy,
         code=code("train_policy"),
+        launcher=training_launcher,
         start=flow.start_options,
         folder=checkpoints_folder,
         resume=flow.work("checkpoints/policies/{policy}.{iteration}"),
     message:
         "Train {wildcards.policy}, iteration {wildcards.iteration}, by DPO"
     shell:
-        "python scripts/train_policy.py --pairs {input.pairs} {params.start} --settings {params.settings:q} --resume-dir {params.resume}"
-        " --reuse work/cache --checkpoints {params.folder} --out {output.checkpoints} --log {output.log} 2> {log}"
+        "{params.launcher} scripts/train_policy.py --pairs {input.pairs} {params.start} --settings {params.settings:q}"
+        " --resume-dir {params.resume} --reuse work/cache --checkpoints {params.folder} --out {output.checkpoints} --log {output.log} 2> {log}"
 
 
 rule score_checkpoints:

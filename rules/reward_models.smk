@@ -20,13 +20,15 @@ rule train_reward_model:
     params:
         settings=slices.train_reward_model,
         code=code("train_reward_model"),
+        launcher=training_launcher,
         weights=weights_option,
         checkpoints=flow.work("checkpoints/reward_models/{reward_model}"),
     message:
         "Train the reward model {wildcards.reward_model}"
     shell:
-        "python scripts/train_reward_model.py --pairs {input.pairs} --dev {input.dev} {params.weights} --settings {params.settings:q}"
-        " --resume-dir {params.checkpoints} --reuse work/cache --out {output.manifest} --log {output.log} 2> {log}"
+        "{params.launcher} scripts/train_reward_model.py --pairs {input.pairs} --dev {input.dev} {params.weights}"
+        " --settings {params.settings:q} --resume-dir {params.checkpoints} --reuse work/cache"
+        " --out {output.manifest} --log {output.log} 2> {log}"
 
 
 rule score_pairs:

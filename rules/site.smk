@@ -5,11 +5,14 @@ from psychocounsel import site
 
 has_site = "slurm" in (workflow.resource_settings.default_resources or {})
 
+try:
+    if workflow.is_main_process:
+        site.check_trainings(workflow, flow.study, has_site)
+    at_site = site.load_site(site.site_file()) if has_site else None
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
 if has_site:
-    try:
-        at_site = site.load_site(site.site_file())
-    except UserError as error:
-        raise WorkflowError(str(error)) from None
     site.apply(workflow, at_site)
     if workflow.remote_exec:  # in the jobs, not in the driver
         shell.prefix(site.before_each_job(at_site).replace("{", "{{").replace("}", "}}"))

@@ -10,6 +10,7 @@ global one, whatever their number.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -76,14 +77,18 @@ def main() -> None:
         work = training.Work(run.args.resume_dir, training.identity(run), models=run.settings.checkpoints)
         if not work.finished():
             config = DPOConfig(**options, max_length=recipe.max_length, beta=recipe.beta, loss_type=["sigmoid"])
-            model, frozen = (training.start_model(AutoModelForCausalLM, spec, folder, seed) for folder in (weights, reference))
+            load, dtype = partial(training.start_model, AutoModelForCausalLM, spec, seed=seed), training.start_dtype(recipe)
+            start, tied = partial(load, weights), same_model(weights, reference)
+            # Where they are the same model, an adapter that is switched off leaves the reference.
+            frozen = None if recipe.lora and tied else load(reference, dtype=dtype)
             used, dataset = training.in_order(rows, order)
             trainer = trainers.PolicyTrainer(
-                rows=used, shared=shared, model=model, ref_model=frozen, args=config, train_dataset=dataset, processing_class=tokenizer
-            )
+                rows=used, shared=shared, model=start(dtype=dtype), ref_model=frozen, args=config, train_dataset=dataset,
+                processing_class=tokenizer, peft_config=training.adapter(recipe),
+            )  # fmt: skip
             del frozen  # the trainer reads it once and lets it go
             # A policy that is still its own reference tells no answer from another: -log sigmoid(0).
-            training.train(trainer, work, kept_after, first_loss=math.log(2) if same_model(weights, reference) else None)
+            training.train(trainer, work, kept_after, start, first_loss=math.log(2) if tied else None)
         training.first_process_only()
         listed = []
         for number, (manifest, folder, step) in enumerate(zip(manifests, work.models, kept_after, strict=True), start=1):

@@ -8,6 +8,7 @@ A training that was killed goes on by itself from --resume-dir; SIGTERM saves an
         --out reward/manifest.json --log reward.log.json --settings '{"model": {...}, "recipe": {...}, "seed": 1}'
 """
 
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -66,12 +67,16 @@ def main() -> None:
         work = training.Work(run.args.resume_dir, training.identity(run), models=1)
         if not work.finished():
             config = RewardConfig(**options, max_length=None)  # the rows are cut to length; trl would leave out the long ones
-            model = training.start_model(AutoModelForSequenceClassification, spec, weights, seed, num_labels=1)
+            start = partial(training.start_model, AutoModelForSequenceClassification, spec, weights, seed, num_labels=1)
+            model = start(dtype=training.start_dtype(recipe))
+            if recipe.lora:
+                model.score.float()  # it learns, as the adapter does
             _, dataset = training.in_order(rows, order)
             trainer = trainers.RewardModelTrainer(
-                shared=shared, model=model, args=config, train_dataset=dataset, processing_class=tokenizer
-            )
-            training.train(trainer, work, [steps])
+                shared=shared, model=model, args=config, train_dataset=dataset, processing_class=tokenizer,
+                peft_config=training.adapter(recipe, head="score"),
+            )  # fmt: skip
+            training.train(trainer, work, [steps], start)
             del model, trainer
         training.first_process_only()
         link_model(work.models[0], run.output_model(run.args.out))

@@ -13,6 +13,15 @@ from psychocounsel.stage import Settings
 DEEPSPEED = Path(__file__).resolve().parents[2] / "config" / "deepspeed"
 
 
+class Lora(Settings):
+    """Low-rank adapters that are trained in place of the weights, and merged into them at the end (Hu et al., arXiv 2106.09685)."""
+
+    rank: int = Field(description="rank of the adapters", ge=1)
+    alpha: float = Field(description="the adapters count alpha / rank times", gt=0)
+    dropout: float = Field(description="dropout in front of the adapters", ge=0, lt=1)
+    target: Literal["all-linear"] | list[str] = Field(description="all-linear, or names of the layers that get an adapter")
+
+
 class Recipe(Settings):
     """How a reward model is trained (paper, section 4.1)."""
 
@@ -28,12 +37,19 @@ class Recipe(Settings):
     precision: Literal["bf16", "fp32"] = Field(description="number format of training")
     gradient_checkpointing: bool = Field(description="compute activations again instead of keeping them")
     deepspeed: str | None = Field(description="file below config/deepspeed, used where there are several devices")
+    lora: Lora | None = Field(description="train adapters of low rank, for small GPUs; null trains all weights")
     save_steps: int = Field(description="steps between two checkpoints for resuming", ge=1)
 
     @model_validator(mode="after")
     def _epochs_or_steps(self) -> "Recipe":
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("exactly one of epochs and max_steps must be set, the other null")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_without_deepspeed(self) -> "Recipe":
+        if self.lora and self.deepspeed:
+            raise ValueError("deepspeed must be null where lora is set: there is next to nothing to spread over the GPUs")
         return self
 
 

@@ -1,7 +1,8 @@
-"""What a site decides about Slurm jobs, apart from what rules need: read from profiles/slurm/site.yaml, applied to every rule.
+"""What a site decides about jobs, apart from what rules need: read from profiles/slurm/site.yaml, applied to every rule.
 
-Rules state needs (gpu, mem_mb, runtime, threads); a site says how its cluster wants to be asked for them. Nothing of this
-is part of a result's identity: a change of the file reruns nothing. rules/site.smk calls `apply`; programs never come here.
+Rules state needs (gpu, nodes, mem_mb, runtime, threads); a site says how its cluster wants to be asked for them, and how a
+training starts follows from what it gives. Nothing of this is part of a result's identity: a change reruns nothing.
+rules/site.smk calls `check_trainings` and `apply`; programs never come here.
 """
 
 import fcntl
@@ -11,15 +12,18 @@ from collections.abc import Callable
 from functools import partial
 from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
 
-from psychocounsel.config import check_duplicate_keys, complain, locate, read_yaml, schema_errors
+from psychocounsel.config import Study, check_duplicate_keys, complain, locate, read_yaml, schema_errors
 from psychocounsel.errors import UserError
+from psychocounsel.recipes import PolicyRecipe, Recipe, accumulation
 
 SITE_FILE = Path("profiles/slurm/site.yaml")
 DRIVER_LOCK = Path("work/driver.lock")
 SPARE_RETRIES = 2  # as `retries` of the profile: for what a cut time limit does not explain
 SIGNAL_LEAD_S = 60  # Slurm may warn a job so much earlier than asked
+SAVING_S = 1800  # after SIGTERM a launcher lets its processes save for so long; Slurm ends them sooner
 NEEDS_INTERNET = ("prepare_model",)  # as jobs with a `remote` resource, which ask an API; fetch_source is the driver's
 
 
@@ -50,16 +54,23 @@ def partition_of(site: dict, gpus: int) -> dict:
 
 
 def requested_gpus(resources: dict) -> int:
-    """Return the GPUs of a job, whichever way its site asks for them (site.yaml: gpu.request)."""
-    gpus = resources.get("gpu") or str(resources.get("gres") or "").rpartition(":")[2]
-    return int(gpus) if str(gpus).isdigit() else 0
+    """Return the GPUs of a job on all its nodes, whichever way its site asks for them (site.yaml: gpu.request)."""
+    if resources.get("gpu"):
+        gpus = resources["gpu"]
+        return int(gpus) if str(gpus).isdigit() else 0
+    of_a_node = str(resources.get("gres") or "").rpartition(":")[2]
+    return int(of_a_node) * (resources.get("nodes") or 1) if of_a_node.isdigit() else 0
 
 
-def slurm_resources(site: dict, gpus: int, internet: bool) -> dict[str, str | int | None]:
-    """Return how a job with so many GPUs is asked for; None leaves a resource out."""
+def slurm_resources(site: dict, gpus: int, internet: bool, nodes: int = 1, threads: int = 1) -> dict[str, str | int | None]:
+    """Return how a job with so many GPUs, on all its nodes together, is asked for; None leaves a resource out.
+
+    Over several nodes GPUs are asked for by the node (--gpus would leave open how they are spread), and `mpi` lets the command
+    call srun itself: the Slurm plugin would put one in front of it, and an srun within that one dies of Slurm's warning.
+    """
     block = partition_of(site, gpus)
-    model, by_gres = site["gpu"]["model"], site["gpu"]["request"] == "gres"
-    gres = ":".join(["gpu", *([model] if model else []), str(gpus)])
+    model, by_gres, several = site["gpu"]["model"], site["gpu"]["request"] == "gres" or nodes > 1, nodes > 1
+    gres = ":".join(["gpu", *([model] if model else []), str(gpus // nodes)])
     return {
         "slurm_account": site["account"],
         "slurm_partition": site["internet_partition"] if internet and site["internet_partition"] else block["partition"],
@@ -68,8 +79,32 @@ def slurm_resources(site: dict, gpus: int, internet: bool) -> dict[str, str | in
         "gpu": None if by_gres or not gpus else gpus,
         "gpu_model": model if gpus and not by_gres else None,
         "gres": gres if gpus and by_gres else None,
+        "nodes": nodes if gpus > 1 else None,
+        "mpi": "srun" if several else None,
+        "tasks_per_node": max(2, gpus // nodes) if several else None,  # as many times the threads; the plugin takes no 1
+        "cpus_per_task": threads * gpus if gpus > 1 and not several else None,
         "slurm_extra": f"--signal=TERM@{site['warning_s']}",
     }
+
+
+def launcher(gpus: int, nodes: int, threads: int) -> str:
+    """Return the shell text in front of a training program: one process, or one for each GPU of one node or of several.
+
+    torchrun finds a free port by itself on one node. On several, srun starts one on each; they meet at the job's first node, at
+    a port that follows from the job's number. All of them hand SIGTERM on and wait until the processes have saved.
+    """
+    if gpus <= 1:
+        return "python"
+    torchrun = f"python -m torch.distributed.run --nproc-per-node {gpus // nodes} --shutdown-timeout {SAVING_S}"
+    if nodes == 1:
+        return f"{torchrun} --standalone --"
+    meet = (
+        f'--nnodes {nodes} --node-rank "$SLURM_NODEID" --master-port $((10000 + SLURM_JOB_ID % 20000))'
+        ' --master-addr "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
+    )
+    cpus = threads * max(2, gpus // nodes)
+    srun = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={cpus} --kill-on-bad-exit=1"
+    return f"""{srun} bash -c 'exec {torchrun} {meet} -- "$@"' torchrun"""
 
 
 def before_each_job(site: dict) -> str:
@@ -90,9 +125,9 @@ def apply(workflow, site: dict) -> None:
     """Give every rule of a Snakemake workflow the site's resources; those that the profile's set-resources names stay."""
     for rule in workflow.rules:
         chosen = workflow.resource_settings.overwrite_resources.get(rule.name, {})
-        needs = Needs(rule.name, rule.resources.get("gpu"), rule.resources.get("remote"))
+        needs = needs_of(rule)
         for name in slurm_resources(site, 0, False):
-            if name == "gpu" or name not in chosen:
+            if name in ("gpu", "nodes") or name not in chosen:
                 rule.resources[name] = asked(site, needs, name)
         runtime = rule.resources.get("runtime")
         rule.resources["mem_mb"] = capped(site, needs, rule.resources.get("mem_mb"), "max_mem_mb", lambda: 1)
@@ -114,20 +149,56 @@ class Needs(NamedTuple):
 
     rule: str
     gpu: object
+    node: object
     remote: object
 
     def gpus(self, *args, **context) -> int:
         """Return the GPUs of one job."""
         return int(self.gpu.evaluate(*args, **context).value or 0)
 
+    def nodes(self, *args, **context) -> int:
+        """Return the nodes of one job."""
+        return int(self.node.evaluate(*args, **context).value or 1)
+
     def internet(self, *args, **context) -> bool:
         """Say whether one job talks to the internet."""
         return self.rule in NEEDS_INTERNET or bool(self.remote.evaluate(*args, **context).value)
 
 
+def needs_of(rule) -> Needs:
+    """Return the needs of a rule, as it and the profile's set-resources state them."""
+    return Needs(rule.name, *(rule.resources.get(name) for name in ("gpu", "nodes", "remote")))
+
+
 def asked(site: dict, needs: Needs, name: str):
     """Return a resource as Snakemake evaluates it for each job: what the site makes of the job's needs."""
-    return lambda *args, **context: slurm_resources(site, needs.gpus(*args, **context), needs.internet(*args, **context))[name]
+
+    def of_job(*args, **context):
+        gpus, nodes = needs.gpus(*args, **context), needs.nodes(*args, **context)
+        return slurm_resources(site, gpus, needs.internet(*args, **context), nodes, context["threads"])[name]
+
+    return of_job
+
+
+def check_trainings(workflow, study: Study, on_slurm: bool) -> None:
+    """Raise UserError where a training could not start on the GPUs and nodes that the profile or the command line gives its rule."""
+    policies = {name: entry for name, entry in study.policies.items() if "recipe" in entry}
+    trainings = {"train_reward_model": (study.reward_models, "reward_model", Recipe), "train_policy": (policies, "policy", PolicyRecipe)}
+    for rule in workflow.rules:
+        entries, wildcard, kind = trainings.get(rule.name, ({}, "", Recipe))
+        for name, entry in entries.items():
+            of_job = {"input": [], "attempt": 1, "threads": 1, "rulename": rule.name, "async_run": None}
+            job, needs = SimpleNamespace(**{wildcard: name, "iteration": "1"}), needs_of(rule)
+            gpus, nodes = needs.gpus(job, **of_job), needs.nodes(job, **of_job)
+            place = f"{rule.name} of {name} on gpu: {gpus}, nodes: {nodes} (set-resources)"
+            if nodes > 1 and not on_slurm:
+                raise UserError(f"{place}: several nodes need Slurm (--profile slurm)")
+            if nodes > 1 and gpus % nodes:
+                raise UserError(f"{place}: gpu counts the GPUs of all nodes and must be a multiple of nodes")
+            try:
+                accumulation(kind(**study.recipe(entry["recipe"])), max(gpus, 1))
+            except UserError as error:
+                raise UserError(f"{place}: {entry['recipe']}: {error}") from None
 
 
 def capped(site: dict, needs: Needs, wanted, ceiling: str, sharing: Callable[[], int]):

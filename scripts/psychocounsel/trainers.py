@@ -7,6 +7,8 @@ Source: Wang and Hegde, Accelerating Direct Preference Optimization with Prefix 
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import orjson
@@ -186,13 +188,22 @@ class PolicyTrainer(DPOTrainer):
         for number in range(0, len(batches), count):
             places = batches[min(number + self.args.process_index, len(batches) - 1)]  # every process reads as often as the others
             batch = self._prepare_inputs(self.data_collator([rows[place] for place in places]))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                chosen, rejected = self.log_probs(self.ref_model, batch)
+            with torch.no_grad(), self.compute_loss_context_manager(), self._as_reference() as model:
+                chosen, rejected = self.log_probs(model, batch)
             mine += zip(places, chosen.tolist(), rejected.tolist(), strict=True)
             if (number // count) % 100 == 99:
                 log.info("reference: %d of %d batches", number + count, len(batches))
         found = {place: [chosen, rejected] for place, chosen, rejected in gather_object(mine)}
         return [found[place] for place in range(len(rows))]
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[PreTrainedModel]:
+        """Yield the reference, which is the trained model without its adapter where there is none of its own."""
+        if self.ref_model is None:
+            with self.accelerator.unwrap_model(self.model).disable_adapter():
+                yield self.model
+        else:
+            yield self.ref_model
 
     def _compute_loss(self, model, inputs, return_outputs):
         """Return the mean of -log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)) over a batch's pairs."""

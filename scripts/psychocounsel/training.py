@@ -11,20 +11,24 @@ import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import huggingface_hub.constants
 import orjson
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from accelerate.utils import is_peft_model
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from psychocounsel import rewards
 from psychocounsel.errors import UserError
 from psychocounsel.fingerprint import code_fingerprint
 from psychocounsel.models import ModelSpec
-from psychocounsel.recipes import accumulation, deepspeed_files, tokens_and_padding
+from psychocounsel.recipes import Recipe, accumulation, deepspeed_files, tokens_and_padding
 from psychocounsel.records import check_manifest, content_hash, file_sha256, write_manifest, write_whole
 from psychocounsel.stage import Stage, log
 from psychocounsel.trainers import PolicyTrainer
@@ -136,11 +140,19 @@ def identity(run: Stage) -> str:
 
 
 def devices() -> int:
-    """Return the number of processes that train together; raise UserError where several GPUs have no launcher."""
-    if "WORLD_SIZE" not in os.environ and torch.cuda.device_count() > 1:
+    """Return the number of processes that train together; raise UserError where they and the GPUs that torch sees do not go together."""
+    seen, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "-1") not in ("", "-1") and not seen:
         raise UserError(
-            f"{torch.cuda.device_count()} GPUs but one process: start the program by `torchrun --nproc-per-node gpu -- scripts/…`, "
-            "or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            f"this job has GPUs (CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}), but torch {torch.__version__} sees none: "
+            "install a torch for them (pytorch.org, Get started) and look at nvidia-smi; to train on the CPU, unset the variable"
+        )
+    if 0 < seen < here:
+        raise UserError(f"{here} processes on this node, but torch sees {seen} GPUs: ask for as many (gpu in set-resources of the profile)")
+    if seen > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"{seen} GPUs but one process: let Snakemake start one for each (--set-resources train_policy:gpu={seen}), start the program "
+            "by `torchrun --standalone --nproc-per-node gpu -- scripts/…`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -150,6 +162,8 @@ def arguments(run: Stage, steps: int) -> dict:
     recipe, count = run.settings.recipe, devices()
     run.note(devices=count, steps=steps)
     deepspeed = next(map(str, deepspeed_files(recipe)), None) if count > 1 else None
+    if deepspeed and not torch.cuda.is_available():
+        join_on_cpus()
     return {
         "output_dir": str(run.args.resume_dir),
         "max_steps": steps,
@@ -162,6 +176,7 @@ def arguments(run: Stage, steps: int) -> dict:
         "weight_decay": recipe.weight_decay,
         "bf16": recipe.precision == "bf16",
         "gradient_checkpointing": recipe.gradient_checkpointing,
+        "disable_dropout": not (recipe.lora and recipe.lora.dropout),
         "deepspeed": deepspeed,
         "ddp_find_unused_parameters": False,  # there are none; looking for them costs time at every step
         "use_cpu": not torch.cuda.is_available(),
@@ -176,6 +191,14 @@ def arguments(run: Stage, steps: int) -> dict:
         "disable_tqdm": True,
         "seed": run.settings.seed,
     }
+
+
+def join_on_cpus() -> None:
+    """Join DeepSpeed's processes by gloo before a model is loaded, as accelerate does on GPUs alone."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # an operator for inference, which takes a minute to compile
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
 def in_order(rows: list[dict], order: list[int]) -> tuple[list[dict], datasets.Dataset]:
@@ -193,22 +216,46 @@ def note_padding(run: Stage, lengths: list[list[int]], order: list[int]) -> None
     log.info("%d pairs, %d tokens; %.1f %% of the places that the model reads are padding", len(order), tokens, 100 * share)
 
 
-def start_model(kind: type, spec: ModelSpec, weights: Path | None, seed: int, **options: object):
-    """Load a model to train, in float32: bf16 is for the arithmetic, weights in it would lose small steps. `seed` draws a new head."""
+def start_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the number format in which a training's start is loaded.
+
+    In float32: bf16 is for the arithmetic, weights in it would lose small steps. But in bf16 where they stay as they are, under an
+    adapter, and where DeepSpeed keeps float32 weights of its own (restore_float32).
+    """
+    elsewhere = recipe.lora or (recipe.deepspeed and devices() > 1)
+    return torch.bfloat16 if elsewhere and recipe.precision == "bf16" else torch.float32
+
+
+def start_model(kind: type, spec: ModelSpec, weights: Path | None, seed: int, dtype: torch.dtype = torch.float32, **options: object):
+    """Load a model to train; `seed` draws a new head."""
     torch.manual_seed(seed)
-    return rewards.load_model(kind, spec, weights, dtype=torch.float32, **options)
+    return rewards.load_model(kind, spec, weights, dtype=dtype, **options)
 
 
-def train(trainer: Trainer, work: Work, steps_of_models: list[int], first_loss: float | None = None) -> None:
+def adapter(recipe: Recipe, head: str | None = None) -> LoraConfig | None:
+    """Return what trl is told of the recipe's LoRA adapter; a reward model's `head` is trained whole beside it."""
+    if recipe.lora is None:
+        return None
+    lora, task = recipe.lora, "SEQ_CLS" if head else "CAUSAL_LM"
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target, task_type=task,
+        modules_to_save=[head] if head else None,
+    )  # fmt: skip
+
+
+def train(
+    trainer: Trainer, work: Work, steps_of_models: list[int], base: Callable[[], PreTrainedModel], first_loss: float | None = None
+) -> None:
     """Train to the end, from the newest checkpoint if there is one, and leave the models of the given steps in `work`.
 
-    SIGTERM (a scheduler's warning) saves a checkpoint and ends the program with code 75. `first_loss` is what theory says of
-    the first step's loss, checked within the number format's tolerance.
+    SIGTERM (a scheduler's warning) saves a checkpoint and ends the program with code 75. `base` loads the start in float32 again, for
+    an adapter to be merged into. `first_loss` is what theory says of the first step's loss, checked within the number format's
+    tolerance.
     """
     at_once = trainer.args.per_device_train_batch_size * trainer.args.world_size
     pairs = trainer.args.max_steps * trainer.args.gradient_accumulation_steps * at_once
     assert len(trainer.train_dataset) == pairs, f"trl holds {len(trainer.train_dataset)} pairs, the steps need {pairs}"
-    watch = Watch(trainer, dict(zip(steps_of_models, work.models, strict=True)), first_loss)
+    watch = Watch(trainer, dict(zip(steps_of_models, work.models, strict=True)), base, first_loss)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     with trainer.args.main_process_first(local=False, desc="choosing a checkpoint"):
@@ -222,6 +269,7 @@ def train(trainer: Trainer, work: Work, steps_of_models: list[int], first_loss: 
     finally:
         signal.signal(signal.SIGTERM, before)
     if trainer.state.global_step < trainer.args.max_steps:
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has left
         log.warning("SIGTERM: saved at step %d of %d; start the program again to go on", trainer.state.global_step, trainer.args.max_steps)
         sys.exit(COME_AGAIN)
     if trainer.is_world_process_zero():
@@ -250,18 +298,23 @@ def first_process_only() -> None:
 class Watch(TrainerCallback):
     """Stands by a training: saves its models, marks whole checkpoints, stops at nonsense and at SIGTERM."""
 
-    def __init__(self, trainer: Trainer, models: dict[int, Path], first_loss: float | None) -> None:
-        self.trainer, self.models, self.first_loss = trainer, models, first_loss
+    def __init__(self, trainer: Trainer, models: dict[int, Path], base: Callable[[], PreTrainedModel], first_loss: float | None) -> None:
+        self.trainer, self.models, self.base, self.first_loss = trainer, models, base, first_loss
         self.signalled = False
 
     def note_signal(self, *_: object) -> None:
         """Remember SIGTERM until the step is done."""
         self.signalled = True
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Start DeepSpeed from the float32 weights that the start has; a checkpoint brings its own."""
+        if self.trainer.is_deepspeed_enabled and args.bf16 and state.global_step == 0:
+            restore_float32(self.trainer)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Save a model that is due; after the last step no checkpoint is needed, after SIGTERM one is."""
         if state.global_step in self.models:
-            save_model(self.trainer, self.models[state.global_step])
+            save_model(self.trainer, self.models[state.global_step], self.base)
         if state.global_step >= state.max_steps:
             control.should_save = False
         elif self._any_signalled(args):
@@ -303,16 +356,66 @@ class Watch(TrainerCallback):
         return bool(self.trainer.accelerator.reduce(flag, "sum").item())
 
 
-def save_model(trainer: Trainer, folder: Path) -> None:
-    """Save the model as it is now, with its tokenizer; its manifest, written last, says that it is whole."""
+def save_model(trainer: Trainer, folder: Path, base: Callable[[], PreTrainedModel]) -> None:
+    """Save the whole model in float32 as it is now, with its tokenizer; its manifest, written last, says that it is whole."""
     if trainer.is_world_process_zero():
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(folder))
+    if is_peft_model(trainer.model):
+        save_merged(trainer, folder, base)
+    elif trainer.is_deepspeed_enabled:
+        save_gathered(trainer, folder)
+    else:
+        trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
+        trainer.processing_class.save_pretrained(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of paths; the settings stand in the provenance record
         _sync_files(folder)
         write_manifest(folder)
+
+
+def save_merged(trainer: Trainer, folder: Path, base: Callable[[], PreTrainedModel]) -> None:
+    """Merge the adapter into its base, read again in float32, so that everything downstream finds a model like any other."""
+    if not trainer.is_world_process_zero():
+        return
+    part = folder.with_name(f"{folder.name}.adapter")
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(part)
+    PeftModel.from_pretrained(base(), part).merge_and_unload().save_pretrained(folder)
+    shutil.rmtree(part)
+
+
+def save_gathered(trainer: Trainer, folder: Path) -> None:
+    """Save the float32 weights that DeepSpeed keeps spread over the processes; its own saving writes the bf16 ones, where they train.
+
+    A small learning rate moves most weights by less than bf16 can tell: the next iteration of DPO would start at its base again.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    model, weights = trainer.accelerator.unwrap_model(trainer.model), {}
+    for name, parameter in model.named_parameters():
+        whole = safe_get_full_fp32_param(parameter)  # every process takes part
+        if trainer.is_world_process_zero():
+            weights[name] = whole.detach().float().cpu()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(folder, state_dict=weights)
+        model.config.dtype = torch.float32  # it was taken from the weights that train
+        model.config.save_pretrained(folder)
+
+
+def restore_float32(trainer: Trainer) -> None:
+    """Give DeepSpeed the start's weights in float32: its own copies of them are made from bf16 ones.
+
+    Without that a round of iterative DPO would lose what the round before has changed by less than bf16 can tell. A model of the
+    Hub, published in bf16, has lost nothing.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    parameters = dict(model.named_parameters())
+    for file in sorted(Path(model.name_or_path).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in sorted(parameters.keys() & weights.keys()):  # every process takes part
+                safe_set_full_fp32_param(parameters[name], weights.get_tensor(name).float().to(trainer.args.device))
 
 
 def _sync_files(folder: Path) -> None:

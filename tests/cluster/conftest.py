@@ -90,7 +90,10 @@ def write_site(file: Path, **changes: dict) -> Path:
     site["cpu"] |= {"max_mem_mb": 32000, "max_runtime": 60}
     site["gpu"] |= {"max_mem_mb": 32000, "max_runtime": 2, "model": "h100"}
     site |= {"warning_s": 59, "scratch": "$PWD/work/scratch-$SLURM_JOB_ID"}
-    site["before_each_job"] = ['echo "on $SLURMD_NODENAME gpus=${CUDA_VISIBLE_DEVICES:-none}" >&2']
+    site["before_each_job"] = [
+        'echo "on $SLURMD_NODENAME gpus=${CUDA_VISIBLE_DEVICES:-none}" >&2',
+        "unset CUDA_VISIBLE_DEVICES",  # the GPUs exist by name only, and a training whose torch sees none of them stops
+    ]
     for block, values in changes.items():
         site[block] |= values
     file.write_text(yaml.safe_dump(site, sort_keys=False))

@@ -54,7 +54,7 @@ def programs(environment: str) -> set[str]:
     for file in Path("rules").glob("*.smk"):
         for block in re.split(r"^(?:use )?rule ", file.read_text(), flags=re.MULTILINE)[1:]:
             if f"envs/{environment}.yaml" in block:
-                found |= set(re.findall(r"python scripts/(\w+)\.py", block))
+                found |= set(re.findall(r"(?:python|launcher}) scripts/(\w+)\.py", block))
     return found
 
 

@@ -176,3 +176,4 @@ def test_counts_come_from_the_jobs_that_make_the_inputs_and_else_from_the_files(
 def test_gpus_are_counted_whichever_way_they_are_asked_for():
     asked = [{"gpu": 2}, {"gres": "gpu:h100:4"}, {"gres": "gpu:1", "gpu": None}, {"gpu": 0}, {}, {"gpu": "<TBD>"}, {"gres": None}]
     assert [requested_gpus(resources) for resources in asked] == [2, 4, 1, 0, 0, 0, 0]
+    assert requested_gpus({"gres": "gpu:h100:4", "nodes": 2}) == 8

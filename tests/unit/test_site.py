@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from snakemake.resources import Resources
+from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 
 from psychocounsel import site as sites
+from psychocounsel.config import Study
 from psychocounsel.errors import UserError
 
 TEXT = sites.SITE_FILE.read_text()
@@ -65,11 +67,13 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch):
         ({"gpu": {"model": "h100", "request": "gres"}}, 4, {"gpu": None, "gpu_model": None, "gres": "gpu:h100:4"}),
         ({"gpu": {"request": "gres"}}, 1, {"gpu": None, "gpu_model": None, "gres": "gpu:1"}),
         ({"gpu": {"qos": "long", "constraint": "a&b"}}, 1, {"qos": "long", "constraint": "a&b"}),
+        ({}, 1, {"nodes": None, "cpus_per_task": None, "mpi": None}),
+        ({}, 4, {"gpu": 4, "nodes": 1, "cpus_per_task": 8, "mpi": None, "tasks_per_node": None}),
         ({"warning_s": 90}, 0, {"slurm_extra": "--signal=TERM@90", "slurm_account": "default"}),
     ],
 )
 def test_needs_become_requests(changes, gpus, expected):
-    assert expected.items() <= sites.slurm_resources(site_with(**changes), gpus, internet=False).items()
+    assert expected.items() <= sites.slurm_resources(site_with(**changes), gpus, internet=False, threads=2).items()
 
 
 def test_jobs_that_need_the_internet_go_where_it_is():
@@ -111,6 +115,75 @@ def test_rules_that_share_a_job_share_its_time():
     assert asked["runtime"] == 30
 
 
+def submitted(resources: dict) -> str:
+    """Return the command by which the Slurm plugin would submit a job with these resources."""
+    asked = {name: value for name, value in resources.items() if value is not None}
+    job = SimpleNamespace(resources=SimpleNamespace(**asked, get=asked.get), threads=2)
+    named = dict.fromkeys(("run_uuid", "slurm_logfile", "comment_str", "account", "partition", "workdir"), "x")
+    return get_submit_command(job, named)
+
+
+@pytest.mark.parametrize("request_gpus", ["gpu", "gres"])
+@pytest.mark.parametrize("gpus", [4, 16])
+def test_gpus_of_several_nodes_are_asked_for_by_the_node(request_gpus, gpus):
+    site = site_with(gpu={"model": "h100", "request": request_gpus})
+    asked = applied(site, {}, {"gpu": gpus, "nodes": 4})
+    command = submitted(asked)
+    each = gpus // 4
+    assert {"--nodes=4", f"--ntasks-per-node={max(2, each)}", "--cpus-per-task=2"} <= set(command.split())
+    assert "--gpus" not in command
+    assert asked["gres"] == f"gpu:h100:{each}"
+    assert sites.requested_gpus(asked) == gpus
+
+
+def test_gpus_of_one_training_lie_on_one_node():
+    asked = applied(site_with(), {}, {"gpu": 4})
+    assert "--nodes=1" in submitted(asked).split()
+    assert sites.requested_gpus(asked) == 4
+
+
+def test_the_launcher_follows_from_gpus_and_nodes():
+    assert sites.launcher(0, 1, 2) == sites.launcher(1, 1, 2) == "python"
+    one, two = sites.launcher(4, 1, 2).split(), sites.launcher(8, 2, 3)
+    assert one[:5] == ["python", "-m", "torch.distributed.run", "--nproc-per-node", "4"]
+    assert one[-2:] == ["--standalone", "--"], "a port that is free, whoever else trains on the node"
+    assert two.startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=12 --kill-on-bad-exit=1 bash -c 'exec python")
+    assert "--nproc-per-node 4 " in two
+
+
+@pytest.mark.parametrize("jobs", [(7, 8), (20006, 7), (41234567, 41234568)])
+def test_jobs_of_one_node_meet_at_ports_of_their_own(jobs):
+    expression = re.search(r"--master-port (\S+ \+ \S+ % \S+)", sites.launcher(4, 2, 2))[1]
+    ports = [
+        subprocess.run(["bash", "-c", f"SLURM_JOB_ID={job}; echo {expression}"], capture_output=True, text=True).stdout for job in jobs
+    ]
+    assert ports[0] != ports[1]
+    assert all(1024 < int(port) < 32768 for port in ports), "below the ports that systems give to others"
+
+
+@pytest.mark.parametrize(
+    ("resources", "on_slurm", "message"),
+    [
+        ({"gpu": 3}, True, r"train_policy of p on gpu: 3, nodes: 1 .*config/train/dpo\.yaml: recipe: batch_size 64 is no multiple"),
+        ({"gpu": 8, "nodes": 3}, True, "gpu counts the GPUs of all nodes and must be a multiple of nodes"),
+        ({"gpu": 8, "nodes": 2}, False, r"several nodes need Slurm \(--profile slurm\)"),
+        ({"gpu": 16, "nodes": 2}, True, None),
+        ({"gpu": lambda wildcards: 5 if wildcards.policy == "p" else 1}, True, "gpu: 5"),
+        ({}, False, None),
+    ],
+)
+def test_a_training_that_could_not_start_is_told_before_any_job(resources, on_slurm, message):
+    rule = SimpleNamespace(name="train_policy", resources=Resources.from_mapping({"mem_mb": 1} | resources))
+    study = SimpleNamespace(
+        reward_models={}, policies={"p": {"recipe": "config/train/dpo.yaml"}, "base": {"method": "none"}}, recipe=Study.recipe
+    )
+    if message is None:
+        sites.check_trainings(SimpleNamespace(rules=[rule]), study, on_slurm)
+        return
+    with pytest.raises(UserError, match=message):
+        sites.check_trainings(SimpleNamespace(rules=[rule]), study, on_slurm)
+
+
 def test_set_resources_of_the_profile_win():
     asked = applied(site_with(), {}, {"gpu": 1, "slurm_partition": "special", "qos": "urgent", "constraint": "big"})
     assert (asked["slurm_partition"], asked["qos"], asked["constraint"], asked["gpu"]) == ("special", "urgent", "big", 1)
@@ -121,7 +194,7 @@ def test_the_profile_overrules_only_by_needs_and_the_groups_name_rules_that_exis
     text = "".join(file.read_text() for file in Path("rules").glob("*.smk"))
     named = [*profile["set-resources"], *(group.partition("=")[0] for group in profile["groups"])]
     assert [rule for rule in named if f"rule {rule}:" not in text and f" as {rule} with:" not in text] == []
-    assert {name for needs in profile["set-resources"].values() for name in needs} <= {"gpu", "mem_mb", "runtime"}
+    assert {name for needs in profile["set-resources"].values() for name in needs} <= {"gpu", "nodes", "mem_mb", "runtime"}
 
 
 def shell(site: dict, command: str) -> subprocess.Popen:
