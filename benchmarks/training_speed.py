@@ -211,7 +211,8 @@ def our_trainer(args: argparse.Namespace, kind: str, tokenizer, pairs: list[dict
     recipe = PolicyRecipe(
         epochs=None, max_steps=common["max_steps"], batch_size=args.batch_size, per_device_batch_size=args.at_once, learning_rate=1e-6,
         schedule="linear", warmup_ratio=0.0, weight_decay=0.0, max_length=args.max_length, precision="bf16" if common["bf16"] else "fp32",
-        gradient_checkpointing=common["gradient_checkpointing"], deepspeed=None, save_steps=1000, beta=0.1,
+        gradient_checkpointing=common["gradient_checkpointing"], deepspeed=None, lora=None, save_steps=1000,
+        beta=0.1,
     )  # fmt: skip
     settings = SimpleNamespace(recipe=recipe, seed=1)
     run = SimpleNamespace(settings=settings, args=SimpleNamespace(resume_dir=common["output_dir"]), note=lambda **_: None)

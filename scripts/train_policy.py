@@ -79,11 +79,12 @@ def main() -> None:
             config = DPOConfig(**options, max_length=recipe.max_length, beta=recipe.beta, loss_type=["sigmoid"])
             load, dtype = partial(training.start_model, AutoModelForCausalLM, spec, seed=seed), training.start_dtype(recipe)
             start, tied = partial(load, weights), same_model(weights, reference)
+            model = start(dtype=dtype)
             # Where they are the same model, an adapter that is switched off leaves the reference.
             frozen = None if recipe.lora and tied else load(reference, dtype=dtype)
             used, dataset = training.in_order(rows, order)
             trainer = trainers.PolicyTrainer(
-                rows=used, shared=shared, model=start(dtype=dtype), ref_model=frozen, args=config, train_dataset=dataset,
+                rows=used, shared=shared, model=model, ref_model=frozen, args=config, train_dataset=dataset,
                 processing_class=tokenizer, peft_config=training.adapter(recipe),
             )  # fmt: skip
             del frozen  # the trainer reads it once and lets it go

@@ -24,8 +24,8 @@ from test_training import (  # noqa: F401 (fixtures)
     policy_training,
     program,
     reward_training,
-    stop_at,
 )
+from test_training_resume import stop_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1, "target": "all-linear"}
