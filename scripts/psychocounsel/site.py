@@ -190,7 +190,7 @@ def check_trainings(workflow, study: Study, on_slurm: bool) -> None:
             of_job = {"input": [], "attempt": 1, "threads": 1, "rulename": rule.name, "async_run": None}
             job, needs = SimpleNamespace(**{wildcard: name, "iteration": "1"}), needs_of(rule)
             gpus, nodes = needs.gpus(job, **of_job), needs.nodes(job, **of_job)
-            place = f"{rule.name} of {name} on gpu: {gpus}, nodes: {nodes} (set-resources)"
+            place = f"{rule.name} of {name} on gpu: {gpus}, nodes: {nodes} (set-resources of the profile, or --set-resources)"
             if nodes > 1 and not on_slurm:
                 raise UserError(f"{place}: several nodes need Slurm (--profile slurm)")
             if nodes > 1 and gpus % nodes:

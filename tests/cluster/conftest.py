@@ -21,7 +21,10 @@ from tests.fakes.openai_server import Reply  # noqa: E402
 from tests.project import Project, project_copy, scripted_answer  # noqa: E402
 
 STUDY = ("--configfile", "tests/cluster/study.yaml")
-LOOKS = ("--slurm-init-seconds-before-status-checks", "14")  # a trivial job takes eight to thirteen seconds here
+OPTIONS = (
+    "--slurm-init-seconds-before-status-checks", "14",  # a trivial job takes eight to thirteen seconds here
+    "--set-resources", *(f"{rule}:gpu=1" for rule in ("train_reward_model", "train_policy", "score_pairs", "select_checkpoint")),
+)  # fmt: skip
 BEFORE_THE_GATE = 12  # answers at once: the opponent's eight and some of a pool model's; then silence until the driver has been killed
 POLICY = "07_policies/micro-dpo-iter/iteration-1"
 ON_NODE = re.compile(r"^on (\w+) gpus=(\S+)$", re.MULTILINE)
@@ -154,7 +157,7 @@ def start_undisturbed(project: Project) -> subprocess.Popen:
 def run(project, cluster, gate) -> Run:
     """Run the study; kill the driver, restart it as a job, requeue that, cancel one training, restart the controller during another."""
     run, started = Run(project, cluster), time.monotonic()
-    command, first_log = [sys.executable, "scripts/run_on_slurm.py", *STUDY, *LOOKS], project.folder / "first_driver.log"
+    command, first_log = [sys.executable, "scripts/run_on_slurm.py", *STUDY, *OPTIONS], project.folder / "first_driver.log"
     with open(first_log, "w") as log:
         first = subprocess.Popen(command, **project.options(), stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -168,7 +171,7 @@ def run(project, cluster, gate) -> Run:
 
     threading.Timer(5, gate.opened.set).start()
     driver_job = subprocess.run(
-        ["sbatch", "--parsable", "--time=30", "profiles/slurm/driver.sbatch", *STUDY, *LOOKS],
+        ["sbatch", "--parsable", "--time=30", "profiles/slurm/driver.sbatch", *STUDY, *OPTIONS],
         **project.options(), capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
     orphan = run.at_the_kill[-1]["id"]

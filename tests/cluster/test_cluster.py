@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.cluster.conftest import LOOKS, POLICY, STUDY, write_site
+from tests.cluster.conftest import OPTIONS, POLICY, STUDY, write_site
 
 import run_on_slurm
 from psychocounsel.provenance import read_record, record_path
@@ -116,7 +116,7 @@ def test_no_temporary_file_and_no_orphan_is_left(run):
 def test_another_site_file_reruns_nothing(run):
     write_site(run.project.folder / "work/other_site.yaml", cpu={"partition": "elsewhere"}, gpu={"request": "gres"})
     environment = run.project.environment | {"PSYCHOCOUNSEL_SITE": "work/other_site.yaml"}
-    command = [sys.executable, "-m", "snakemake", "--profile", "slurm", "-n", *STUDY]
+    command = [sys.executable, "-m", "snakemake", "--profile", "slurm", "-n", *STUDY, *OPTIONS]
     dry = subprocess.run(command, cwd=run.project.folder, env=environment, capture_output=True, text=True)
     assert "Nothing to be done" in dry.stdout + dry.stderr, dry.stdout + dry.stderr
 
@@ -125,7 +125,7 @@ def test_gpus_may_be_asked_for_by_gres(run):
     write_site(run.project.folder / "work/gres_site.yaml", gpu={"request": "gres"})
     environment = run.project.environment | {"PSYCHOCOUNSEL_SITE": "work/gres_site.yaml"}
     target = "results/cluster/06_reward_models/micro-reward/predictions.jsonl"
-    command = [sys.executable, "scripts/run_on_slurm.py", *STUDY, *LOOKS, "--force", "--", target]
+    command = [sys.executable, "scripts/run_on_slurm.py", *STUDY, *OPTIONS, "--force", "--", target]
     done = subprocess.run(command, cwd=run.project.folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     job = run.jobs("score_pairs")[-1]

@@ -111,7 +111,7 @@ def test_an_adapter_is_not_spread_over_gpus():
         ("lora: null", "lora: {rank: 8, alpha: 16, dropout: 0.0}", "lacks the key 'target'"),
         ("lora: null", "lora: {rank: 8, alpha: 16, dropout: 0.0, target: all-linear, r: 4}", r"unknown key lora\.r"),
         ("lora: null", "lora: {rank: 0, alpha: 16, dropout: 0.0, target: all-linear}", r"lora\.rank"),
-        ("lora: null\n", "", "lacks the key 'lora'"),
+        ("lora: null", "#", "lacks the key 'lora'"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_named(tmp_path, old, new, message):
