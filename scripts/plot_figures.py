@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+OF_SCORES = ("pairs", "chosen_models", "rejected_models", "model_groups", "judge_positions")
 NO_SCORES = "none of the run's pairs has scores"
 
 
@@ -52,6 +53,7 @@ class FigureSettings(Settings):
     policies: list[str] = Field([], description="order of the policies in the win-rate figures")
     opponent: str = Field(description="title of the opponent")
     judge: str = Field(description="title of the judge")
+    scored_by: str | None = Field(None, description="sentence on who scored the responses, under the figures of scores")
     reported: dict[str, dict[str, float]] = Field(
         {}, description="{free, length}: policy -> overall win rate, in percent, that the paper reports of it"
     )
@@ -115,13 +117,13 @@ def main() -> None:
         if points:
             figures["monitor"] = plot_monitor(points, settings.monitored, settings.title, settings.opponent, settings.judge)
         if settings.ablation:
-            figures["checkpoints"] = plot_checkpoints(points, settings.ablation, settings.title, settings.opponent)
+            figures["checkpoints"] = plot_checkpoints(points, settings.ablation, settings.title, settings.opponent, settings.judge)
         if not figures:
             raise UserError("no figure can be drawn from these inputs; see --help for what each figure needs")
         from psychocounsel.plotting import note_below, save
 
         for name, figure in figures.items():
-            note_below(figure, settings.note)
+            note_below(figure, " ".join(filter(None, (settings.scored_by if name in OF_SCORES else None, settings.note))))
             save(figure, *(run.output(Path(args.out_dir) / f"{name}.{ending}") for ending in ("svg", "png")))
         run.account("figures", rows_in=len(figures), rows_out=len(figures))
 
@@ -179,7 +181,8 @@ def plot_pairs(pairs: list[dict]) -> "Figure":
         gaps.bar([step / 7 for step in steps], [held[step] for step in steps], label=f"{title} ({len(side):,})", **bars)
         below += held
     gaps.set(title="Score gap", xlabel="difference of mean scores", ylabel="pairs")
-    gaps.legend()
+    gaps.set_ylim(0, 1.35 * gaps.get_ylim()[1])  # room for the legend
+    gaps.legend(loc="upper right")
     if not below:
         say_empty(gaps, NO_SCORES)
     facts = pair_facts(pairs)
@@ -313,7 +316,7 @@ def plot_win_rates(win_rates: list[dict], settings: FigureSettings) -> "Figure":
             style = {"fmt": MARKERS[3], "color": GREY, "fillstyle": "none", "markersize": 4.5, "label": "paper, one order"}
             axes.errorbar([*known.values()], [place - 0.22 for place in known], **style)
         axes.axvline(50, color="#666666", linewidth=0.8, linestyle="--")
-        axes.set(title=SETTING_TITLES[setting], xlabel=f"win rate against {settings.opponent} (%)", xlim=(-2, 102))
+        axes.set(title=SETTING_TITLES[setting], xlabel=f"win rate against\n{settings.opponent} (%)", xlim=(-2, 102))
         axes.set_yticks(range(len(policies)), [settings.title(policy) for policy in policies])
         axes.set_ylim(-0.6, len(policies) - 0.4)
         axes.grid(axis="y", visible=False)
@@ -350,7 +353,7 @@ def plot_win_rate_topics(win_rates: list[dict], topics: dict[str, str], settings
             ]
             intervals(axes, rates, COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)], settings.title(policy), capsize=0, markersize=3.5)
         axes.axvline(50, color="#666666", linewidth=0.8, linestyle="--")
-        axes.set(title=SETTING_TITLES[setting], xlabel=f"win rate against {settings.opponent} (%)", xlim=(-2, 102))
+        axes.set(title=SETTING_TITLES[setting], xlabel=f"win rate against\n{settings.opponent} (%)", xlim=(-2, 102))
         axes.set_yticks(range(len(names)), [f"{wrapped(topics[name])} ({n[name]:,})" for name in names])
         axes.set_ylim(-0.6, len(names) - 0.4)
         for line in range(1, len(names)):

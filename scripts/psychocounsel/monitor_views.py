@@ -147,13 +147,13 @@ def band(
     axes.errorbar(places, values, yerr=errors, color=colour, marker=marker, label=label, **style)
 
 
-def plot_checkpoints(points: dict[str, list[Point]], arms: list[str], title: "Callable[[str], str]", opponent: str) -> "Figure":
+def plot_checkpoints(points: dict[str, list[Point]], arms: list[str], title: "Callable[[str], str]", opponent: str, judge: str) -> "Figure":
     """Win rate of each checkpoint by step, one line an arm (Figure 4), with 95 % intervals; both orders."""
     from psychocounsel.plotting import COLOURS, MARKERS, canvas
 
     if unknown := [arm for arm in arms if arm not in points]:
         raise UserError(f"--assessments: none of {unknown[0]!r}, which the setting ablation names")
-    figure, (axes,) = canvas(height=3.2)
+    figure, (axes,) = canvas(height=3.5)
     for k, arm in enumerate(arms):
         steps = [point.step for point in points[arm]]
         values, low, high = (100 * np.array([point.rate[key] for point in points[arm]]) for key in ("win_rate", "low", "high"))
@@ -161,7 +161,9 @@ def plot_checkpoints(points: dict[str, list[Point]], arms: list[str], title: "Ca
         axes.plot(steps, values, color=colour, marker=MARKERS[k % len(MARKERS)], label=title(arm))
         axes.fill_between(steps, low, high, color=colour, alpha=0.12)
     axes.axhline(50, color="#666666", linewidth=0.8, linestyle="--")
-    axes.set(title="Training on offline and on online pairs", xlabel="optimiser step", ylabel=f"win rate against\n{opponent} (%)")
+    axes.set(xlabel="optimiser step", ylabel=f"win rate against\n{opponent} (%)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
+    speeches = max(point.rate["n"] for arm in arms for point in points[arm])
+    heading = f"judged by {judge} on {speeches:,} test speeches, both orders"
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, title=heading)
     return figure

@@ -4,6 +4,7 @@ import orjson
 
 from psychocounsel.policy_tables import PAPERS
 from psychocounsel.slices import Slices, Wildcards, settings
+from psychocounsel.table_settings import Ratings
 from psychocounsel.tables import FORMATS
 from psychocounsel.workflow import OURS, Workflow, option
 
@@ -158,6 +159,7 @@ class Presentation:
             policies=flow.policies,
             opponent=self.opponent,
             judge=self.judge_of_answers,
+            scored_by=Ratings(**self.ratings()).note(),
             reported=self.reported_win_rates(),
             monitored=self.config["evaluation"]["checkpoints"],
             ablation=self.config["evaluation"]["ablation"],

@@ -245,9 +245,11 @@ def test_the_figures_draw_every_policy(tmp_path):
     drawn = figure.axes[0].lines[0].get_xdata()
     assert list(drawn) == sorted(drawn), "in the order of training, here that of the distance"
     figure.savefig(tmp_path / "monitor.png")
-    arms = plot_checkpoints(points, ["p", "q"], str.upper, "O").axes[0]
+    figure = plot_checkpoints(points, ["p", "q"], str.upper, "O", "J")
+    arms, (legend,) = figure.axes[0], figure.legends
     assert list(arms.lines[0].get_xdata()) == [100, 200, 1000, 1100, 1200]
-    assert [text.get_text() for text in arms.get_legend().get_texts()] == ["P", "Q"]
+    assert [text.get_text() for text in legend.get_texts()] == ["P", "Q"]
+    assert legend.get_title().get_text().startswith("judged by J on")
     pyplot.close("all")
     with pytest.raises(UserError, match="none of 'z'"):
-        plot_checkpoints(points, ["z"], str.upper, "O")
+        plot_checkpoints(points, ["z"], str.upper, "O", "J")

@@ -385,7 +385,7 @@ def test_a_changed_registry_is_outdated_not_damaged(flow):
 
 
 def test_a_job_that_the_config_no_longer_has_is_outdated(flow):
-    Path("work/fewer.yaml").write_text(yaml.safe_dump({"policies": [], "evaluation": {"policies": []}}))
+    Path("work/fewer.yaml").write_text(yaml.safe_dump({"policies": [], "evaluation": {"policies": [], "checkpoints": [], "ablation": []}}))
     verdict = verify(load("work/fewer.yaml"))
     assert verdict.status == 3
     assert any(
