@@ -18,6 +18,7 @@ Pairs are real questions with two answers of real models (source counselling-ben
 
     snakemake work/models/SmolLM2-135M-Instruct.Q4_1/manifest.json --profile profiles/local --configfile config/demo.yaml
     python benchmarks/training_speed.py
+    python benchmarks/training_speed.py --padding --max-length 2048
     python benchmarks/training_speed.py --shape 3b --pairs 512 --batch-size 128 --at-once 4      # on a GPU: random weights
 """
 
@@ -40,7 +41,7 @@ sys.path.insert(0, "scripts")
 from psychocounsel.models import ModelSpec
 from psychocounsel.pairs import pair_record
 from psychocounsel.prompts import render
-from psychocounsel.recipes import PolicyRecipe, training_order
+from psychocounsel.recipes import PolicyRecipe, tokens_and_padding, training_order
 from psychocounsel.records import check_manifest, content_hash, read_records
 
 WEIGHTS = "work/models/SmolLM2-135M-Instruct.Q4_1/manifest.json"
@@ -52,6 +53,7 @@ SHAPES = {
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
 }
 TRL_AT_ONCE = 8  # trl's default
+PADDED = ((64, 2), (64, 4), (128, 4), (64, 8))  # pairs a step, and pairs at once, whose padding is printed
 
 
 def main() -> None:
@@ -68,8 +70,12 @@ def main() -> None:
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="gradient checkpointing (default: on a GPU)")
     parser.add_argument("--peak-tflops", type=float, help="peak of the device in bf16, where its name is not known")
     parser.add_argument("--kinds", nargs="+", choices=("rm", "dpo"), default=["rm", "dpo"], help="reward model, policy (default both)")
+    parser.add_argument("--padding", action="store_true", help="train nothing: print the padding of all pairs by orders and layouts")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.padding:
+        print_padding(args)
+        return
     if args.only:
         print(json.dumps(measure(args)))
         return
@@ -119,7 +125,7 @@ def real_pairs(folder: Path) -> list[dict]:
 
 
 def chosen_pairs(args: argparse.Namespace, tokenizer) -> list[dict]:
-    """Return the pairs to train on: a seeded draw of those that fit whole, so that both programs see the same tokens."""
+    """Return the pairs to train on: a seeded draw of those that fit whole, so that both programs see the same tokens (--padding: all)."""
     from psychocounsel.rewards import reward_rows
 
     if args.data:
@@ -129,11 +135,36 @@ def chosen_pairs(args: argparse.Namespace, tokenizer) -> list[dict]:
     else:
         sys.exit("set PSYCHOCOUNSEL_SOURCES to a source cache with counselling-bench, or name files of pairs by --data")
     random.Random(2).shuffle(pairs)
+    if args.padding:
+        return pairs
     rows, _ = reward_rows(tokenizer, SPEC, pairs, sys.maxsize)
     fitting = [p for p, row in zip(pairs, rows, strict=True) if max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= args.max_length]
     if len(fitting) < args.pairs:
         sys.exit(f"{len(fitting)} of {len(pairs)} pairs fit {args.max_length} tokens, --pairs asks for {args.pairs}")
     return fitting[: args.pairs]
+
+
+def print_padding(args: argparse.Namespace) -> None:
+    """Print which share of the places is padding in one pass of DPO over all pairs, and how many places there are beside trl's."""
+    from psychocounsel import rewards, trainers
+
+    tokenizer = rewards.load_tokenizer(SPEC, check_manifest(args.weights))
+    rows, _ = rewards.policy_rows(tokenizer, SPEC, chosen_pairs(args, tokenizer), args.max_length)
+    names = [row["pair_id"] for row in rows]
+    two, one = ([trainers.line_lengths(row, shared) for row in rows] for shared in (False, True))
+    tokens, padding = tokens_and_padding(two, list(range(len(rows))), TRL_AT_ONCE)
+    trl = tokens + padding
+    print(f"{len(rows)} pairs of {tokens / len(rows):.0f} tokens, prompt counted twice; at most {args.max_length} a conversation")
+    print(f"{'layout':<62} {'padding':>8} {'places':>12}")
+    print(f"{f'trl: two lines a pair, random order, {TRL_AT_ONCE} pairs at once':<62} {100 * padding / trl:>6.1f} %  1")
+    for what, lengths in (("two lines a pair", two), ("one line a pair", one)):
+        for batch_size, at_once in PADDED:
+            steps = len(rows) // batch_size
+            order = training_order(names, [max(pair) for pair in lengths], steps, batch_size, seed=1)
+            tokens, padding = tokens_and_padding(lengths, order, at_once)
+            name = f"{what}, by length within {batch_size} pairs, {at_once} at once"
+            places = (tokens + padding) / len(order) / (trl / len(rows))
+            print(f"{name:<62} {100 * padding / (tokens + padding):>6.1f} %  {places:.2f} x trl")
 
 
 # --- one training

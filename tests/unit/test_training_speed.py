@@ -38,7 +38,7 @@ def micro(tmp_path_factory) -> Path:
 def options(micro: Path) -> dict:
     return {
         "weights": micro / "base/manifest.json", "data": [micro / "pairs.jsonl"], "pairs": 16, "batch_size": 16, "at_once": 2,
-        "max_length": 256, "checkpointing": None, "peak_tflops": None, "shape": None, "layers": None,
+        "max_length": 256, "checkpointing": None, "peak_tflops": None, "shape": None, "layers": None, "padding": False,
     }  # fmt: skip
 
 
@@ -78,11 +78,22 @@ def test_the_flops_of_a_batch_by_hand(micro, monkeypatch):
     assert meter.model_flops() == 4 * forward
 
 
+def test_the_padding_of_orders_and_layouts_is_printed(micro, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("training_speed")
+    monkeypatch.setattr(benchmark, "PADDED", ((8, 2), (16, 4)))
+    benchmark.print_padding(Namespace(**options(micro) | {"padding": True}))
+    title, _, trl, *ours = capsys.readouterr().out.splitlines()
+    assert title.startswith("24 pairs of ")
+    shares = [float(line.split("%")[0].split()[-1]) for line in (trl, *ours)]
+    assert len(ours) == 4
+    assert max(shares[3:]) < min(shares[:3]), "one line a pair pads least"
+
+
 @pytest.mark.slow
 def test_the_benchmark_prints_ours_beside_trls(micro):
-    words = [
-        f"--{name.replace('_', '-')}={value}" for name, value in options(micro).items() if value is not None and not isinstance(value, list)
-    ]
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options(micro).items() if value and not isinstance(value, list)]
     command = [sys.executable, "benchmarks/training_speed.py", *words, "--data", str(micro / "pairs.jsonl"), "--kinds", "rm"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
