@@ -261,6 +261,8 @@ def train(
     with trainer.args.main_process_first(local=False, desc="choosing a checkpoint"):
         work.prepare()
         checkpoint = work.newest_checkpoint(steps_of_models)
+    if checkpoint:
+        check_processes(checkpoint, trainer.args.world_size if trainer.is_deepspeed_enabled else 0)
     before = signal.signal(signal.SIGTERM, watch.note_signal)
     try:
         if isinstance(trainer, PolicyTrainer):
@@ -277,6 +279,20 @@ def train(
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     unset_hf_deepspeed_config()  # or models loaded from here on would be spread by ZeRO-3 over processes that have ended
+
+
+def check_processes(checkpoint: Path, processes: int) -> None:
+    """Raise UserError where DeepSpeed has spread a checkpoint over another number of processes than go on; 0 are those without it.
+
+    transformers would go on without the optimizer's state, and DeepSpeed stop with an error of its own.
+    """
+    spread = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    if spread != processes:
+        before, now = (f"by DeepSpeed in {count} processes" if count else "without DeepSpeed" for count in (spread, processes))
+        raise UserError(
+            f"{checkpoint} was saved {before}, and cannot go on {now}: give the training as many GPUs as before, "
+            f"or remove {checkpoint.parent} to start anew"
+        )
 
 
 def log_entry(entry: dict) -> dict:

@@ -79,8 +79,12 @@ def test_two_processes_train_a_reward_model_as_one_does(deepspeed, reward_model,
 
 @pytest.mark.parametrize("deepspeed", SPREAD)
 def test_two_processes_train_a_policy_as_one_does_after_sigterm_too(deepspeed, policy, data, tmp_path):
-    """SIGTERM to the launcher alone: it hands it on and waits; the processes save, and the next start goes on from there."""
-    command, log = shell("train_policy", policy_training(data, tmp_path, deepspeed=deepspeed)), tmp_path / "stderr.txt"
+    """SIGTERM to the launcher alone: it hands it on and waits; the processes save, and the next start goes on from there.
+
+    With DeepSpeed in as many processes, without it here in one.
+    """
+    arguments, log = policy_training(data, tmp_path, deepspeed=deepspeed), tmp_path / "stderr.txt"
+    command = shell("train_policy", arguments)
     with open(log, "w") as file:
         started = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=file)
     until = time.monotonic() + 300
@@ -90,7 +94,7 @@ def test_two_processes_train_a_policy_as_one_does_after_sigterm_too(deepspeed, p
     started.send_signal(signal.SIGTERM)
     assert started.wait(timeout=300) != 0
     assert "SIGTERM: saved at step" in log.read_text()
-    assert "going on from" in run(command)
+    assert "going on from" in run(command if deepspeed else [sys.executable, *command_of("train_policy", arguments)])
     assert_as_alone(policy, tmp_path, "checkpoints/3")
 
 

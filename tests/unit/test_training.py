@@ -433,6 +433,20 @@ def test_processes_and_gpus_must_go_together(monkeypatch, variables, seen, messa
             devices()
 
 
+@pytest.mark.parametrize(("saved", "now", "fits"), [(0, 0, True), (4, 4, True), (4, 8, False), (4, 0, False), (0, 4, False)])
+def test_a_checkpoint_goes_on_in_as_many_processes_of_deepspeed_as_saved_it(tmp_path, saved, now, fits):
+    from psychocounsel.training import check_processes
+
+    (tmp_path / "checkpoint-2/global_step2").mkdir(parents=True)
+    for rank in range(saved):
+        (tmp_path / f"checkpoint-2/global_step2/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    if fits:
+        check_processes(tmp_path / "checkpoint-2", now)
+    else:
+        with pytest.raises(UserError, match="give the training as many GPUs as before"):
+            check_processes(tmp_path / "checkpoint-2", now)
+
+
 def test_a_batch_that_does_not_divide_is_refused(data, tmp_path, capsys):
     assert program("train_reward_model", **reward_training(data, tmp_path, per_device_batch_size=3)) == 1
     assert "no multiple" in capsys.readouterr().err

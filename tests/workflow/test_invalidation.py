@@ -280,6 +280,12 @@ MATRIX = [
     ("the budget", study(budget=1000), "", {}),
     ("GPUs that serve a model", text("tests/workflow/micro_models.yaml", "tensor_parallel: 1", "tensor_parallel: 2"), "", {}),
     (
+        "GPUs that train a policy",
+        text("profiles/local/config.yaml", "keep-going: true", "keep-going: true\nset-resources: {train_policy: {gpu: 2}}"),
+        "",
+        {},
+    ),
+    (
         "resources and the profile",
         both(
             text("rules/policies.smk", "mem_mb=8000", "mem_mb=9000"), text("profiles/local/config.yaml", "keep-going: true", "retries: 1")
