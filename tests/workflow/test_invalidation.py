@@ -218,7 +218,7 @@ MATRIX = [
     (
         "the judge of the answers asked about one principle at a time",
         study(evaluation={"protocol": "one_by_one"}),
-        "judge_answers judge_again make_tables plot_figures choose_cases write_cards write_report summarise_run",
+        "judge_answers judge_again judge_checkpoint make_tables plot_figures choose_cases write_cards write_report summarise_run",
         {"rate_responses": 0, "answer_speeches": 0},
     ),
     (
