@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tests.project import is_comparison
 
+from psychocounsel.config import load_registry
 from psychocounsel.records import check_manifest, is_removed, read_records
 
 pytestmark = pytest.mark.slow
@@ -28,7 +29,10 @@ KINDS = {  # files of a run -> their record type
     "04_ratings/again/reversed.jsonl": "rating",
     "04_ratings/scores.jsonl": "score",
     "05_pairs/*.jsonl": "pair",
-    "06_reward_models/*/predictions.jsonl": "prediction",
+    "05_pairs/*/train.jsonl": "pair",
+    "05_pairs/*/test.jsonl": "pair",
+    "05_pairs/*/dropped.jsonl": "dropped_row",
+    "06_reward_models/*/*predictions.jsonl": "prediction",
     "06_reward_models/*/rankings.jsonl": "ranking_answer",
     "07_policies/*/*/samples.jsonl": "response",
     "07_policies/*/*/rewards.jsonl": "reward",
@@ -130,6 +134,27 @@ def test_tables_have_no_empty_cell(project, finished):
             assert row["notes"] or "n/a" not in row.values(), (table.name, row)
     for name in ("report.html", "13_release/README.md", "12_cards/micro-reward.md", "11_figures/win_rates.png"):
         assert project.path(name).stat().st_size > 500
+
+
+def test_the_ablation_is_measured_and_its_benchmark_recounted(project, finished):
+    """Table 2: general pairs alone and merged with ours; the benchmark's sections recounted from the predictions by hand."""
+    with project.path("10_tables/reward_ablation.csv").open() as file:
+        measured = [row for row in csv.DictReader(file) if row["Source"] == "this run"]
+    assert [row["Training data"] for row in measured] == [
+        "General pairs (tests)", "General pairs (tests) + PsychoCounsel-Preference (this run)",
+    ]  # fmt: skip
+    assert len(read_records(project.path("05_pairs/rewardbench-shape/test.jsonl"), "pair")) == 23
+    assert [row["reason"] for row in read_records(project.path("05_pairs/general-pairs/dropped.jsonl"), "dropped_row")] == ["equal answers"]
+    sections = load_registry([project.folder / "config/paper.yaml"], "paper")["rewardbench_sections"]
+    pairs = {pair["pair_id"]: pair for pair in read_records(project.path("05_pairs/rewardbench-shape/test.jsonl"), "pair")}
+    for name, row in zip(("micro-general", "micro-merged"), measured, strict=True):
+        right = {
+            pairs[p["pair_id"]]["subset"]: p["reward_chosen"] > p["reward_rejected"]
+            for p in read_records(project.path(f"06_reward_models/{name}/benchmark.predictions.jsonl"), "prediction")
+        }
+        by_section = [sum(w * right[s] for s, w in weights.items()) / sum(weights.values()) for weights in sections.values()]
+        assert float(row["RewardBench (%)"]) == pytest.approx(100 * sum(by_section) / 4, abs=0.001)
+        assert row["Acc. (%)"] != "n/a"
 
 
 def test_win_rates_follow_from_the_judgements(project, finished):

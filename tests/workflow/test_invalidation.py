@@ -22,7 +22,8 @@ from psychocounsel.records import read_records
 pytestmark = pytest.mark.slow
 
 READERS = {  # rule -> rules that read its outputs
-    "fetch_source": "read_source",
+    "fetch_source": "read_source",  # of speeches; a file of preferences is another job's, which no row changes alone
+    "read_preferences": "report_contamination train_reward_model score_benchmark evaluate_benchmark",
     "read_source": "select_speeches make_tables",
     "select_speeches": "label_topics split_speeches make_tables",
     "label_topics": "split_speeches",
@@ -37,11 +38,14 @@ READERS = {  # rule -> rules that read its outputs
     "parse_again": "assess_judge",
     "assess_judge": "make_tables plot_figures",
     "score_responses": "build_pairs make_tables plot_figures write_release",
-    "build_pairs": "report_contamination train_reward_model score_pairs rank_pairs evaluate_rewards evaluate_rankings train_policy"
-    " score_checkpoints make_tables plot_figures write_release summarise_run",
+    "build_pairs": "report_contamination train_reward_model score_pairs score_baseline rank_pairs evaluate_rewards evaluate_rankings"
+    " train_policy score_checkpoints make_tables plot_figures write_release summarise_run",
     "report_contamination": "make_tables",
-    "train_reward_model": "score_pairs rank_samples assess_checkpoint plot_figures write_cards",
+    "train_reward_model": "score_pairs score_benchmark rank_samples assess_checkpoint plot_figures write_cards",
     "score_pairs": "evaluate_rewards",
+    "score_baseline": "evaluate_rewards",
+    "score_benchmark": "evaluate_benchmark",
+    "evaluate_benchmark": "make_tables write_cards",
     "rank_pairs": "evaluate_rankings",
     "evaluate_rewards": "assess_checkpoint make_tables write_cards summarise_run",
     "evaluate_rankings": "make_tables write_cards summarise_run",
@@ -232,7 +236,7 @@ MATRIX = [
     ("a model added to the pool", another_pool(*POOL, "scripted-kind"), "assign_models generate_responses", {"generate_responses": 6}),
     ("a model removed from the pool", another_pool(*POOL[:-1]), "assign_models", {"generate_responses": 4}),
     ("the gap of a pair", study(pairs={"min_gap": 2.0}), "build_pairs assess_judge write_release write_report", {"rate_responses": 0}),
-    ("the split seed", study(split={"seed": 5}), "split_speeches", {"label_topics": 0}),
+    ("the split seed", study(split={"seed": 5}), "split_speeches read_preferences", {"label_topics": 0}),
     ("the near-duplicate threshold", study(speeches={"near_duplicates": {"drop_above": 0.9}}), "select_speeches", {"read_source": 0}),
     ("whether personal data are masked", study(speeches={"personal_data": "keep"}), "select_speeches write_release write_report", {}),
     ("DPO's beta", text("tests/workflow/micro_recipe_dpo.yaml", "beta: 0.1", "beta: 0.2"), "train_policy write_cards", {"train_policy": 3}),
@@ -240,7 +244,7 @@ MATRIX = [
         "the reward model's learning rate",
         text("tests/workflow/micro_recipe.yaml", "1.0e-3", "2.0e-3"),
         "train_reward_model write_cards",
-        {"train_policy": 2, "rank_pairs": 0},
+        {"train_policy": 2, "rank_pairs": 0, "score_baseline": 0},
     ),
     (
         "an iteration more",
@@ -305,10 +309,15 @@ MATRIX = [
     (
         "two values of one rule, swapped",
         study(reward_evaluation={"max_length": 8, "batch_size": 768}),
-        "score_pairs rank_samples score_checkpoints assess_checkpoint",
+        "score_pairs score_baseline score_benchmark rank_samples score_checkpoints assess_checkpoint",
         {"train_reward_model": 0},
     ),
-    ("the resamples of a reward model's metrics", study(reward_evaluation={"bootstrap": 60}), "evaluate_rewards evaluate_rankings", {}),
+    (
+        "the resamples of a reward model's metrics",
+        study(reward_evaluation={"bootstrap": 60}),
+        "evaluate_rewards evaluate_benchmark evaluate_rankings",
+        {},
+    ),
     ("whether a reward model at chance stops the run", study(reward_evaluation={"stop_at_chance": True}), "", {}),
     ("a table deleted", delete("10_tables/win_rates.csv"), "make_tables", {"make_tables": 1}),
     # Snakemake makes a file again when something that reruns needs it; that it is missing, `audit.py verify` says before.
@@ -356,6 +365,16 @@ def test_what_reruns_when_what_changes(copy, edit, rules, counts):
     assert changed <= set(rules.split())
     for rule, count in counts.items():
         assert jobs[rule] == count, rule
+
+
+def test_general_preferences_concern_the_reward_models_that_learn_from_them(copy):
+    text("tests/workflow/preferences/general.jsonl", "Paris is the capital", "Paris, the capital")(copy.folder)
+    jobs, _ = dry_run(copy)
+    trained = {"fetch_source", "read_preferences", "report_contamination", "train_reward_model", "score_pairs", "evaluate_rewards"}
+    assert set(jobs) == trained | closure("score_benchmark plot_figures summarise_run")
+    assert {rule: jobs[rule] for rule in ("fetch_source", "read_preferences", "train_reward_model", "score_benchmark")} == {
+        "fetch_source": 1, "read_preferences": 1, "train_reward_model": 2, "score_benchmark": 2,
+    }  # fmt: skip
 
 
 def test_readers_are_those_of_the_workflow(copy):
