@@ -294,6 +294,8 @@ def test_a_spoken_reward_is_the_logit_of_token_0_at_the_first_place(data, tokeni
     of a further turn; its score of token 0 is the reward."""
     spec = SPEC.model_copy(update={"reward_from": "first_token_logit"})
     model = rewards.load_reward_model(spec, data / "base", tokenizer.pad_token_id)
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.linspace(-1, 1, model.config.hidden_size)  # token 0 pads here, and its row holds zeros
     pairs = [toy_pair(n) for n in range(5)]
     sequences = [rewards.answer_ids(tokenizer, spec, pair["prompt"], pair["chosen"]) for pair in pairs]
     by_the_card = []
@@ -302,6 +304,7 @@ def test_a_spoken_reward_is_the_logit_of_token_0_at_the_first_place(data, tokeni
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_tensors="pt", return_dict=True)
         answer = model.generate(**ids, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_scores=True)
         by_the_card.append(answer["scores"][0][0][0].item())
+    assert len({round(reward, 3) for reward in by_the_card}) == 5
     assert rewards.rewards(model, spec, sequences, tokenizer.pad_token_id, 4) == pytest.approx(by_the_card, abs=1e-4)
 
 
