@@ -60,7 +60,7 @@ rule rank_samples:
         speeches=f"{ROUND}/speeches.jsonl",
         samples=f"{ROUND}/samples.jsonl",
         reward_model=flow.ranking_reward_model,
-        metrics=ancient(flow.ranking_metrics),  # must be there; the samples' ranks do not follow from it
+        metrics=flow.ranking_metrics,  # not ancient: Snakemake would then miss changed params wherever the metrics are made anew
     output:
         pairs=f"{ROUND}/pairs.jsonl",
         rewards=f"{ROUND}/rewards.jsonl",

@@ -47,7 +47,7 @@ READERS = {  # rule -> rules that read its outputs
     "score_benchmark": "evaluate_benchmark",
     "evaluate_benchmark": "make_tables write_cards",
     "rank_pairs": "evaluate_rankings",
-    "evaluate_rewards": "assess_checkpoint make_tables write_cards summarise_run",
+    "evaluate_rewards": "rank_samples assess_checkpoint make_tables write_cards summarise_run",
     "evaluate_rankings": "make_tables write_cards summarise_run",
     "sample_prompts": "sample_responses rank_samples",
     "sample_responses": "rank_samples",
