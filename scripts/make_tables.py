@@ -380,7 +380,7 @@ def ablation_table(metrics: dict[str, dict], benchmark: dict[str, dict], paper: 
         "In brackets: 95 % bootstrap intervals over speeches; of RewardBench over the prompts of each subset.",
     ]
     title = "Reward models trained on general data, without and with ours (Table 2)"
-    return Table("reward_ablation", title, columns, [("", rows), (ORIENTATION, others)], notes)
+    return Table("reward_ablation", title, columns, [("Reward models of this run", rows), (ORIENTATION, others)], notes)
 
 
 def ablation_row(entry: Ablation, result: dict | None, benchmark: dict | None) -> Row:

@@ -76,7 +76,8 @@ def metrics(cell: Cell, run: RecordLineage, name: str, metric: str, benchmark: b
         "n": len(verdicts),
         "sections": evaluate_rewards.benchmark(right, by_id, settings) if settings.sections else None,
     }
-    result, again = (found | (found["orders"] or {}) for found in (result, again))
+    no_orders = dict.fromkeys(("consistent_right", "first_share"))
+    result, again = (no_orders | found | (found["orders"] or {}) for found in (result, again))
     label = "mean of the sections" if metric == "sections" else metric
     what = f"{label} of {name}: {value_of(result[metric])}; again from {len(rows)} verdicts: {value_of(again[metric])}"
     node = Node(what, path, agrees=again[metric] == result[metric])
