@@ -4,7 +4,7 @@
 #   make stress                             programs that ask models are killed 50 times each: nothing is paid twice
 #   make test-vllm                          a real vLLM on a CPU (3.5 GB on disk): its engine is killed, and it is started once more
 #   make bench                              all benchmarks, in about a quarter of an hour (the paper's scale: benchmarks/full_scale.py)
-#   make bench-train                        speed of training beside trl's defaults, in minutes on a CPU (11 GB); on a GPU: docs/training.md
+#   make bench-train                        speed of training beside trl's defaults, in minutes on a CPU (16 GB, for trl); see docs/training.md
 #   make plan                               what `make demo` would run, why, and what it would cost; with SPEECHES, too
 #   make plan STUDY=config/config.yaml PROFILE=slurm   the same of the paper's run
 #   make sources                            what becomes of each source of speeches whose file is at hand: counts, no texts

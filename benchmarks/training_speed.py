@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16, help="pairs to train on (default 16)")
     parser.add_argument("--batch-size", type=int, default=16, help="pairs a step (default 16; a multiple of 8)")
     parser.add_argument("--at-once", type=int, default=2, help="pairs that our program holds at once (default 2)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens; pairs with a longer conversation are left out (default 512)")
+    parser.add_argument("--max-length", type=int, default=400, help="tokens; pairs with a longer conversation are left out (default 400)")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="gradient checkpointing (default: on a GPU)")
     parser.add_argument("--peak-tflops", type=float, help="peak of the device in bf16, where its name is not known")
     parser.add_argument("--kinds", nargs="+", choices=("rm", "dpo"), default=["rm", "dpo"], help="reward model, policy (default both)")
