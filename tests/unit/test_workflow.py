@@ -324,3 +324,15 @@ def test_the_authors_policy_is_evaluated_as_it_was_published():
     assert '"id":"Psychotherapy-LLM/PsychoCounsel-Llama3-8B"' in answered
     assert " --gpus 1 " in answered
     assert "--weights" not in answered
+
+
+@pytest.mark.parametrize(("overlays", "policy", "stops"), [([], "llama3-3b-dpo-iter", True), (["demo"], "smollm2-135m-dpo-iter", False)])
+def test_the_first_job_that_uses_a_reward_model_waits_for_its_metrics_and_stops_at_chance_where_the_config_says_so(overlays, policy, stops):
+    target = load(overlays).results(f"07_policies/{policy}/iteration-1/pairs.jsonl")
+    files = [f"config/{name}.yaml" for name in ("config", *overlays)]
+    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", "--configfile", *files, "--forceall", target]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (asked,) = re.findall(r"rank_samples\.py .*", shown)
+    assert (" --stop-at-chance " in asked) is stops
+    (metrics,) = re.findall(r"--metrics (\S+)", asked)
+    assert any(f"--out {metrics}" in line for line in re.findall(r"evaluate_rewards\.py .*", shown)), "they are made before"
