@@ -169,7 +169,7 @@ rule remove_checkpoints:
     input:
         rounds=flow.rounds_so_far,
         scores=flow.round_scores_so_far,
-        readers=ancient(flow.checkpoint_readers),  # must have ended
+        readers=flow.checkpoint_readers,  # must have ended
     output:
         removed=f"{ROUND}/removed.json",
     log:

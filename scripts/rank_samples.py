@@ -14,7 +14,6 @@ from pathlib import Path
 
 from pydantic import Field
 
-from psychocounsel import provenance
 from psychocounsel.errors import UserError
 from psychocounsel.models import ModelSpec
 from psychocounsel.pairs import pair_record
@@ -48,7 +47,7 @@ def main() -> None:
     with stage(parser) as run:
         args = run.args
         if args.metrics:
-            check_ranking(args.metrics, args.stop_at_chance)
+            check_ranking(run.uses(args.metrics), args.stop_at_chance)
         if run.adopts([args.speeches, args.samples, args.reward_weights], [args.pairs, args.rewards, args.dropped]):
             return
         speeches = run.read(run.args.speeches, "speech")
@@ -86,7 +85,6 @@ def main() -> None:
 
 def check_ranking(metrics: Path, stop: bool) -> None:
     """Warn of a reward model that ranks at chance, or raise UserError."""
-    provenance.used(metrics)  # the file is the one that its record tells of
     result = read_result(metrics, "metrics")
     if not result["at_chance"]:
         return

@@ -167,7 +167,7 @@ def test_two_files_that_change_places_are_found(flow, data, with_records):
         verdict = verify(flow)
         assert verdict.status == 1
         assert {path.removesuffix(SUFFIX) for path in damaged(verdict)} == {one.as_posix(), other.as_posix()}
-        if not with_records and one.name != "manifest.json":
+        if not with_records and "manifest.json" not in (one.name, other.name):  # a selected model has the manifest of its checkpoint
             assert any(f"holds the bytes of {other}" in finding.detail for finding in verdict.findings)
 
 

@@ -73,7 +73,7 @@ READERS = {  # rule -> rules that read its outputs
     "judge_checkpoint": "parse_checkpoint",
     "parse_checkpoint": "compute_checkpoint_win_rate",
     "compute_checkpoint_win_rate": "make_tables plot_figures",
-    "assess_checkpoint": "make_tables plot_figures",
+    "assess_checkpoint": "remove_checkpoints make_tables plot_figures",
     "make_tables": "write_report",
     "choose_cases": "write_report",
     "plot_figures": "write_report",
