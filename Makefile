@@ -63,6 +63,7 @@ bench: .venv/dev.ready
 bench-train: .venv/dev.ready
 	snakemake work/models/SmolLM2-135M-Instruct.Q4_1/manifest.json --profile profiles/local --configfile config/demo.yaml --quiet all
 	python benchmarks/training_speed.py $(OPTIONS)
+	python benchmarks/training_memory.py
 
 lint: .venv/dev.ready
 	ruff check .

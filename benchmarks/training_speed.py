@@ -47,7 +47,9 @@ from psychocounsel.records import check_manifest, content_hash, read_records
 WEIGHTS = "work/models/SmolLM2-135M-Instruct.Q4_1/manifest.json"
 SPEC = ModelSpec(name="benchmark", id="none/benchmark", instruction="You are a professional psychotherapist.")
 # Of Llama 3.2, by their configurations on the Hub.
-COMMON = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "tie_word_embeddings": True}
+COMMON = {
+    "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": True
+}  # fmt: skip
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
@@ -206,10 +208,7 @@ def models(args: argparse.Namespace, kind: str) -> list:
     for _ in range(2 if kind == "dpo" else 1):
         torch.manual_seed(1)
         if args.shape:
-            shape = SHAPES[args.shape] | {"num_key_value_heads": 8, "head_dim": 128 if args.shape == "3b" else 64}
-            config = LlamaConfig(
-                vocab_size=128256, max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=True, **shape, **head
-            )
+            config = LlamaConfig(**COMMON, **SHAPES[args.shape], **head)
             made.append(of_kind.from_config(config, dtype=torch.float32))
         else:
             config = AutoConfig.from_pretrained(folder, **head)
