@@ -29,7 +29,7 @@ from psychocounsel.errors import UserError
 from psychocounsel.fingerprint import code_fingerprint
 from psychocounsel.models import ModelSpec
 from psychocounsel.recipes import Recipe, accumulation, deepspeed_files, tokens_and_padding
-from psychocounsel.records import check_manifest, content_hash, file_sha256, write_manifest, write_whole
+from psychocounsel.records import check_manifest, content_hash, write_manifest, write_whole
 from psychocounsel.stage import Stage, log
 from psychocounsel.trainers import PolicyTrainer
 
@@ -133,10 +133,11 @@ def _whole_model(folder: Path) -> bool:
 
 
 def identity(run: Stage) -> str:
-    """Return what stands for a training: its code, its settings, the bytes of its inputs, and which models are start and reference."""
-    roles = {role: file_sha256(path) for role, path in vars(run.args).items() if role in ("weights", "reference") and path}
-    inputs = sorted(item["sha256"] for item in run.inputs.values())
-    return content_hash(code_fingerprint(run.program), run.settings.model_dump(mode="json"), inputs, roles)
+    """Return what stands for a training: its code, its settings, and the bytes of its inputs, by the argument that names them."""
+    given = {name: value if isinstance(value, list) else [value] for name, value in vars(run.args).items()}
+    by_argument = {name: [run.inputs[str(path)]["sha256"] for path in paths if str(path) in run.inputs] for name, paths in given.items()}
+    others = sorted(item["sha256"] for item in run.inputs.values())  # such as DeepSpeed's, which the recipe names
+    return content_hash(code_fingerprint(run.program), run.settings.model_dump(mode="json"), by_argument, others)
 
 
 def devices() -> int:

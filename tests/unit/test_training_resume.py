@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import orjson
 import pytest
@@ -355,6 +356,21 @@ def test_leftovers_of_another_training_are_removed_and_other_files_are_not(data,
     other.prepare()
     assert not one.finished()
     assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["identity.txt", "lock", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"pairs": ["b"], "dev": ["a"]}, {"pairs": ["a"], "dev": ["b", "c"]}, {"weights": "d", "reference": None}, {"beta": 0.2}]
+)
+def test_a_training_is_told_by_which_file_is_what(other):
+    def identity(pairs=("a", "c"), dev=("b",), weights=None, reference="d", beta=0.1) -> str:
+        files = {"pairs": list(map(Path, pairs)), "dev": list(map(Path, dev)), "weights": weights and Path(weights)}
+        arguments = SimpleNamespace(**files, reference=reference and Path(reference), settings="{}")
+        inputs = {name: {"sha256": name * 64} for name in ("a", "b", "c", "d", "zero2.json")}
+        settings = SimpleNamespace(model_dump=lambda mode: {"beta": beta})
+        return training.identity(SimpleNamespace(args=arguments, inputs=inputs, settings=settings, program="train_policy"))
+
+    assert identity() == identity()
+    assert identity() != identity(**other)
 
 
 def test_two_trainings_never_share_a_resume_folder(tmp_path, monkeypatch):
