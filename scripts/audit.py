@@ -11,6 +11,7 @@ Run it from the project's root.
 """
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,7 @@ changed; with the requests, tokens, money and GPU hours that it would take. Noth
 
 def main() -> None:
     """Run one of the subcommands and exit with its status."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end in silence where a reader such as `head` has seen enough
     args = command_line().parse_args()
     try:
         sys.exit(args.subcommand(args))

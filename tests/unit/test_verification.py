@@ -1,5 +1,7 @@
 """What verify tells of chains and lists of files; the tampering itself is tried on a finished run (tests/workflow)."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -23,3 +25,11 @@ def test_the_benchmark_runs():
     done = subprocess.run([sys.executable, "benchmarks/verify_speed.py", "--megabytes", "3"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "sha256sum" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_ends_the_audit_in_silence():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "scripts/audit.py", "--help"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
