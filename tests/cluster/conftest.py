@@ -23,7 +23,7 @@ from tests.project import Project, project_copy, scripted_answer  # noqa: E402
 STUDY = ("--configfile", "tests/cluster/study.yaml")
 OPTIONS = (
     "--slurm-init-seconds-before-status-checks", "14",  # a trivial job takes eight to thirteen seconds here
-    "--set-resources", *(f"{rule}:gpu=1" for rule in ("train_reward_model", "train_policy", "score_pairs", "select_checkpoint")),
+    "--set-resources", *(f"{rule}:gpu=1" for rule in ("train_reward_model", "train_policy", "score_pairs", "score_checkpoints")),
 )  # fmt: skip
 BEFORE_THE_GATE = 12  # answers at once: the opponent's eight and some of a pool model's; then silence until the driver has been killed
 POLICY = "07_policies/micro-dpo-iter/iteration-1"
