@@ -46,7 +46,7 @@ def assert_merged(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
             assert torch.equal(after[name], weight), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_policy_is_its_base_with_the_adapter_in_it(precision, data, tmp_path):
     """In float32 also where the base lies in bf16 while the adapter trains: what was not trained has not changed by a bit."""
     recompute = {"gradient_checkpointing": precision == "bf16"}  # as on GPUs
@@ -88,6 +88,7 @@ def test_another_reference_is_used(policy, data, tmp_path):
     assert logged(tmp_path)[0]["rewards/margins"] > 0.5, "the start is far from this reference"
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_next_start_ends_with_the_same_bytes(data, tmp_path, monkeypatch):
     """The adapter's dropout goes on where it was, too."""
     whole, broken = (policy_training(data, tmp_path / name, **LEARN) for name in ("whole", "broken"))

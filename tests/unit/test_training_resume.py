@@ -320,6 +320,7 @@ def chain(data: Path, reward_model: Path, folder: Path, killed: tuple | None = N
     return {f"{number}/{name}": (folder / str(number) / name).read_bytes() for number in (1, 2) for name in names}
 
 
+@pytest.mark.slow
 def test_iterative_dpo_killed_in_its_second_iteration_makes_the_same_bytes(data, reward_model, tmp_path):
     whole = chain(data, reward_model, tmp_path / "whole")
     killed = chain(data, reward_model, tmp_path / "killed", killed=CHECKPOINT["optimizer half written"])
