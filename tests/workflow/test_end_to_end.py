@@ -116,7 +116,8 @@ def test_models_are_whole_and_differ_and_only_what_the_config_keeps_is_there(pro
         told = json.loads(project.path(folder / f"iteration-{len(rounds)}/removed.json").read_text())
         assert {Path(entry["checkpoint"]).parent.relative_to("results/micro") for entry in told["removed"]} == set(names) - expected
         assert set(names) - expected == {name for name in removed if policy in name.parts}
-    assert set(whole) == expected | {Path("06_reward_models/micro-reward/model"), *(name for name in chosen if name.name == "model")}
+    reward_models = {Path("06_reward_models") / name / "model" for name in ("micro-reward", "micro-general", "micro-merged")}
+    assert set(whole) == expected | reward_models | {name for name in chosen if name.name == "model"}
     assert len({whole[name] for name in expected}) == len(expected)
     assert removed, "one of DPO's two checkpoints at least"
     kept = {p.stat().st_ino for p in project.path(".").rglob("*.safetensors")}

@@ -260,7 +260,12 @@ MATRIX = [
             "judge_answers": 2,
         },
     ),
-    ("the format of a table", text("scripts/make_tables.py", "{first:.1f}", "{first:.2f}"), "make_tables", {}),
+    (
+        "the format of a table",
+        text("scripts/make_tables.py", 'Number(result["temperature"], 2)', 'Number(result["temperature"], 3)'),
+        "make_tables",
+        {},
+    ),
     ("a comment everywhere in code and rules", comments, "", {}),
     ("a docstring", text("scripts/psychocounsel/chat.py", '"""The one client', '"""The only client'), "", {}),
     ("the module of near duplicates", text("scripts/psychocounsel/near_duplicates.py", "0.98", "0.99"), "select_speeches", {}),
