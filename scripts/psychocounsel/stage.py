@@ -294,6 +294,8 @@ def stage(parser: argparse.ArgumentParser) -> Iterator[Stage]:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(args.log_level)
+    # transformers imports DeepSpeed, which tells of a CPU on standard output, in the middle of Snakemake's own lines.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator" not in record.getMessage())
     run: Stage | None = None
     try:
         run = Stage(args, Path(sys.argv[0]).stem)

@@ -261,3 +261,13 @@ def test_a_record_says_of_a_model_what_it_was_and_whether_that_is_known(program,
     model = {"name": "m", "id": "org/m", **known}
     assert program(json.dumps({"keep": 3, "model": model})).returncode == 0
     assert read_record(tmp_path / "out/copy.jsonl.prov.json")["run"]["model"] == model
+
+
+def test_a_library_tells_nothing_on_standard_output(program, tmp_path):
+    (tmp_path / "scripts/read_nothing.py").write_text(
+        "from psychocounsel.stage import Settings, command_line, stage\n"
+        "with stage(command_line('Read nothing.', Settings)):\n    import deepspeed\n"
+    )
+    words = [sys.executable, "scripts/read_nothing.py", "--settings", "{}"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
