@@ -9,12 +9,9 @@ from pydantic import Field
 
 from psychocounsel import winrates
 from psychocounsel.agreement import agreement
-from psychocounsel.comparisons import kind_of
 from psychocounsel.errors import UserError
 from psychocounsel.records import validator
-from psychocounsel.stage import Settings, Stage, command_line, stage
-
-Judged = dict[tuple[str, str], winrates.Verdicts]  # (setting, policy) -> verdicts
+from psychocounsel.stage import Settings, command_line, stage
 
 
 class JudgesSettings(Settings):
@@ -31,8 +28,8 @@ def main() -> None:
     parser.add_argument("--second", required=True, nargs="+", help="the second judge's, of the same policies and settings")
     parser.add_argument("--out", required=True, help="agreement, as JSON")
     with stage(parser) as run:
-        first, asked = read_judge(run, "--judgements", run.args.judgements)
-        second, asked_again = read_judge(run, "--second", run.args.second)
+        first, asked = winrates.read_by_one_judge({file: run.read(file, "judgement") for file in run.args.judgements}, "--judgements")
+        second, asked_again = winrates.read_by_one_judge({file: run.read(file, "judgement") for file in run.args.second}, "--second")
         if first.keys() != second.keys():
             raise UserError("--judgements and --second: not of the same policies and settings")
         if asked[1:] != asked_again[1:] or asked[0] == asked_again[0]:
@@ -64,19 +61,6 @@ def main() -> None:
 def shared_verdicts(scores: list[tuple[dict[str, float], dict[str, float]]]) -> list[tuple[str, float, float]]:
     """Return (speech, points under the first judge, under the second) of the speeches that both judged, policy by policy."""
     return [(speech, one[speech], other[speech]) for one, other in scores for speech in sorted(one.keys() & other.keys())]
-
-
-def read_judge(run: Stage, flag: str, files: list[str]) -> tuple[Judged, tuple[str, str, str]]:
-    """Return a judge's verdicts in both orders and (judge, opponent, protocol); raise UserError where the files' differ."""
-    found, asked = {}, set()
-    for file in files:
-        judgements = run.read(file, "judgement")
-        kind = kind_of(judgements, file)
-        found[kind["setting"], kind["policy"]] = winrates.judged_twice(winrates.verdicts_by_speech(judgements))
-        asked.add((kind["judge"], kind["opponent"], kind["protocol"]))
-    if len(asked) > 1:
-        raise UserError(f"{flag}: of several judges, opponents or protocols: {' and '.join(map(str, sorted(asked)))}")
-    return found, asked.pop()
 
 
 if __name__ == "__main__":

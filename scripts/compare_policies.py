@@ -10,7 +10,6 @@ from itertools import product
 from pydantic import Field
 
 from psychocounsel import winrates
-from psychocounsel.comparisons import kind_of
 from psychocounsel.errors import UserError
 from psychocounsel.records import validator
 from psychocounsel.stage import Settings, command_line, stage
@@ -33,19 +32,13 @@ def main() -> None:
     with stage(parser) as run:
         settings = run.settings
         topic_of = {speech["speech_id"]: speech["coarse_topic"] for speech in run.read(run.args.speeches, "speech")}
-        verdicts, shared = {}, set()
-        for file in run.args.judgements:
-            judgements = run.read(file, "judgement")
-            kind = kind_of(judgements, file)
-            verdicts[kind["policy"], kind["setting"]] = winrates.judged_twice(winrates.verdicts_by_speech(judgements))
-            shared.add((kind["opponent"], kind["judge"], kind["protocol"]))
-        if len(shared) > 1:
-            raise UserError(f"--judgements: of several opponents, judges or protocols: {' and '.join(map(str, sorted(shared)))}")
-        if missing := {name for pair in settings.contrasts for name in pair} - {policy for policy, _ in verdicts}:
+        files = {file: run.read(file, "judgement") for file in run.args.judgements}
+        verdicts, (judge, opponent, protocol) = winrates.read_by_one_judge(files, "--judgements")
+        if missing := {name for pair in settings.contrasts for name in pair} - {policy for _, policy in verdicts}:
             raise UserError(f"--settings: contrasts: no judgements of {min(missing)!r} are given")
         found, of_either, of_both = [], 0, 0
-        for setting, (policy, other) in product(sorted({setting for _, setting in verdicts}), settings.contrasts):
-            first, second = (verdicts.get((name, setting), {}) for name in (policy, other))
+        for setting, (policy, other) in product(sorted({setting for setting, _ in verdicts}), settings.contrasts):
+            first, second = (verdicts.get((setting, name), {}) for name in (policy, other))
             of_either, of_both = of_either + len(first.keys() | second.keys()), of_both + len(first.keys() & second.keys())
             if first.keys() & second.keys():
                 differences = {
@@ -54,7 +47,6 @@ def main() -> None:
                 }
                 found.append({"policy": policy, "other": other, "setting": setting, "protocols": differences})
         run.account("speeches of two policies", of_either, of_both, {"judged for one of the two alone": of_either - of_both})
-        (opponent, judge, protocol), *_ = shared
         facts = {"opponent": opponent, "judge": judge, "protocol": protocol}
         run.write_json(run.args.out, validator("differences")({**facts, "differences": found}))
 

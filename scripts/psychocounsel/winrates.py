@@ -11,6 +11,8 @@ from functools import partial
 
 import numpy as np
 
+from psychocounsel.comparisons import kind_of
+from psychocounsel.errors import UserError
 from psychocounsel.metrics import bootstrap_weights, estimate, mean
 from psychocounsel.records import content_hash
 
@@ -30,6 +32,21 @@ def verdicts_by_speech(judgements: Iterable[dict]) -> Verdicts:
 def judged_twice(verdicts: Verdicts) -> Verdicts:
     """Return the speeches that were judged in both orders, by id."""
     return {speech: orders for speech, orders in sorted(verdicts.items()) if len(orders) == 2}
+
+
+def read_by_one_judge(files: dict[str, list[dict]], flag: str) -> tuple[dict[tuple[str, str], Verdicts], tuple[str, str, str]]:
+    """Return a judge's verdicts in both orders by (setting, policy), and (judge, opponent, protocol); raise UserError where files differ.
+
+    `files` holds the judgements of each file, given by the argument `flag`.
+    """
+    verdicts, asked = {}, set()
+    for file, judgements in files.items():
+        kind = kind_of(judgements, file)
+        verdicts[kind["setting"], kind["policy"]] = judged_twice(verdicts_by_speech(judgements))
+        asked.add((kind["judge"], kind["opponent"], kind["protocol"]))
+    if len(asked) > 1:
+        raise UserError(f"{flag}: of several judges, opponents or protocols: {' and '.join(map(str, sorted(asked)))}")
+    return verdicts, asked.pop()
 
 
 def coin(seed: int, speech_id: str) -> bool:

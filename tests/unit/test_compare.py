@@ -182,7 +182,7 @@ def test_policies_that_were_not_judged_alike_are_not_compared(monkeypatch, folde
     files = [write(folder, "base.jsonl", "base", "free", {0}), write(folder, "dpo.jsonl", "dpo", "free", {0}, "k")]
     with pytest.raises(SystemExit):
         compare_policies(monkeypatch, folder, files)
-    assert "of several opponents, judges or protocols" in capsys.readouterr().err
+    assert "of several judges, opponents or protocols" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         compare_policies(monkeypatch, folder, files[:1])
     assert "no judgements of 'dpo' are given" in capsys.readouterr().err
