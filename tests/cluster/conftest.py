@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -135,9 +136,14 @@ class Run:
             found.setdefault(file.relative_to(logs).parts[0], set()).update(ON_NODE.findall(file.read_text()))
         return found
 
-    def wait_for_step(self, log: str, step: int) -> None:
-        """Wait until a training's log tells of a step."""
+    def hold_at_step(self, program: str, log: str, step: int) -> None:
+        """Let a training pass a step and go no further, however fast it is, until Slurm signals it: Slurm wakes it first."""
         self.cluster.wait(lambda: f"step {step} of" in self.log(log), f"step {step} in {log}", 400)
+        here = [one for one in psutil.process_iter(["cmdline", "cwd"]) if one.info["cwd"] == str(self.project.folder)]
+        training = [one for one in here if f"scripts/{program}.py" in (one.info["cmdline"] or [])]
+        assert training, f"{program} ended before it was held"
+        for process in training:
+            process.suspend()
 
 
 def start_undisturbed(project: Project) -> subprocess.Popen:
@@ -180,7 +186,7 @@ def run(project, cluster, gate) -> Run:
     cluster.wait(lambda: any(int(job["id"]) > int(driver_job) for job in cluster.jobs()), "the second driver's first job", 120)
     run.recovery_s = time.monotonic() - orphan_ended
 
-    run.wait_for_step("train_reward_model/micro-reward.log", 30)
+    run.hold_at_step("train_reward_model", "train_reward_model/micro-reward.log", 30)
     cluster.run("scancel", run.jobs("train_reward_model")[-1]["id"])
 
     # As Slurm does before the driver's own time limit. It would let two minutes pass before the next start; at once it refuses.
@@ -189,7 +195,7 @@ def run(project, cluster, gate) -> Run:
     cluster.wait(lambda: any(job["id"] == driver_job for job in cluster.jobs("PENDING")), "the driver's return to the queue", 90)
     cluster.run("scontrol", "update", f"JobId={driver_job}", "StartTime=now+10")
 
-    run.wait_for_step("train_policy/micro-dpo-iter.1.log", 1)
+    run.hold_at_step("train_policy", "train_policy/micro-dpo-iter.1.log", 1)  # until the warning before its time limit
     cluster.stop("slurmctld")
     time.sleep(10)
     cluster.start_controller()

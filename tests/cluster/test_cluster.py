@@ -77,7 +77,7 @@ def test_a_training_stopped_by_its_time_limit_goes_on_in_a_next_job(run):
     assert states[-1] == "COMPLETED"
     assert set(states[:-1]) == {"FAILED"}, "stopped by the warning, with code 75, not killed at the limit"
     told = run.driver_log + run.log("train_policy/micro-dpo-iter.1.log")  # the driver shows the logs of failed jobs
-    assert re.search(r"SIGTERM: saved at step \d+ of 1600", told)
+    assert re.search(r"SIGTERM: saved at step \d+ of 400", told)
     assert re.search(r"going on from \S+/policies/micro-dpo-iter\.1/checkpoint-\d+", told)
 
 
