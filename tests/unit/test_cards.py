@@ -1,19 +1,17 @@
 """Model cards of models that were really trained: read by the Hub's own parser, leading to the record of the weights."""
 
-# ruff: noqa: F811 (fixtures of another module)
-
 import json
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from toy_training import RECIPE, program
 
 from psychocounsel.config import load_registry
 from psychocounsel.provenance import read_record, record_path
 from psychocounsel.records import file_sha256
 from test_general_preferences import BENCHMARK, measure, read
-from test_training import RECIPE, data, one_thread, policy, program, reward_model  # noqa: F401 (fixtures)
 from write_cards import HUB_LICENCES
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")

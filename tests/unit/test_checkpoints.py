@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_training import SPEC, policy_training, program
 
 from psychocounsel import training
 from psychocounsel.checkpoints import Checkpoint, best
 from psychocounsel.errors import UserError
 from psychocounsel.model_folders import link_model, remove_files
 from psychocounsel.records import check_manifest, file_sha256, is_removed, write_manifest
-from test_training import SPEC, data, one_thread, policy_training, program  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # of trl's use of transformers
 
@@ -29,7 +29,7 @@ def test_the_earliest_of_the_best_is_chosen(accuracies):
 
 
 @pytest.fixture
-def trained(data, tmp_path) -> Path:  # noqa: F811
+def trained(data, tmp_path) -> Path:
     """A policy of two rounds, results and cache: the base as a round of its own, and a training with three checkpoints."""
     first = tmp_path / "p/iteration-1"
     link_model(data / "base", first / "checkpoints/1")
@@ -44,7 +44,7 @@ def trained(data, tmp_path) -> Path:  # noqa: F811
     return tmp_path
 
 
-def second_round(data: Path, folder: Path) -> dict:  # noqa: F811
+def second_round(data: Path, folder: Path) -> dict:
     """Arguments of the training of the second round."""
     arguments = policy_training(data, folder / "p/iteration-2") | {"resume_dir": folder / "work/p.2", "reuse": folder / "cache"}
     return arguments
@@ -69,6 +69,13 @@ def state(folder: Path) -> dict[str, str]:
         others = [p for p in manifest.parent.rglob("*") if not p.name.startswith("manifest.json")]
         found["/".join(manifest.parts[-4:-1:2])] = "removed" if is_removed(manifest) and not others else str(bool(check_manifest(manifest)))
     return found
+
+
+def test_a_linked_model_is_whole_and_has_a_manifest_of_its_own(data, tmp_path):
+    link_model(data / "base", tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+    assert (tmp_path / "model.safetensors").samefile(data / "base/model.safetensors")
+    assert write_manifest(tmp_path).read_bytes() == (data / "base/manifest.json").read_bytes()
 
 
 def test_the_checkpoint_that_has_learned_is_selected(trained):
@@ -114,7 +121,7 @@ def test_the_last_stays_where_a_further_round_would_start_from_it(trained):
     assert Path(told["kept"][-1]["checkpoint"]).parts[-3:-1] == ("checkpoints", "3")
 
 
-def test_a_training_whose_checkpoints_were_removed_is_adopted_in_its_place_alone(trained, data, monkeypatch):  # noqa: F811
+def test_a_training_whose_checkpoints_were_removed_is_adopted_in_its_place_alone(trained, data, monkeypatch):
     assert program("remove_checkpoints", **removal(trained)) == 0
     before, listed = state(trained), (trained / "p/iteration-2/checkpoints.json").read_bytes()
     with monkeypatch.context() as patch:
@@ -132,7 +139,7 @@ def test_a_training_whose_checkpoints_were_removed_is_adopted_in_its_place_alone
     assert (trained / "p/iteration-2/checkpoints.json").read_bytes() == listed, "on a CPU the same bytes come again"
 
 
-def test_a_removed_model_that_is_needed_says_how_to_train_it_again(trained, data, capsys):  # noqa: F811
+def test_a_removed_model_that_is_needed_says_how_to_train_it_again(trained, data, capsys):
     assert program("remove_checkpoints", **removal(trained)) == 0
     arguments = {"checkpoints": trained / "p/iteration-1/checkpoints.json", "dev": data / "dev.jsonl", "out": trained / "new.json"}
     assert program("score_checkpoints", **arguments, weights=data / "base/manifest.json", settings=SCORING) == 1

@@ -1,40 +1,21 @@
 """Trainings of several real processes, by the launchers that rules use: gloo on CPUs in place of NCCL on GPUs."""
 
-# ruff: noqa: F811 (fixtures of another module)
-
 import json
 import os
 import shlex
-import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_training import ONE_THREAD, ROOT, SIGNALLED, SPEC, logged, policy_training, program, reward_training, toy_pair, words_of
 
 from psychocounsel import rewards
 from psychocounsel.records import check_manifest
 from psychocounsel.site import launcher
-from test_training import (  # noqa: F401 (fixtures)
-    ONE_THREAD,
-    ROOT,
-    SPEC,
-    command_of,
-    data,
-    logged,
-    one_thread,
-    policy,
-    policy_training,
-    program,
-    reward_model,
-    reward_training,
-    tokenizer,
-    toy_pair,
-)
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning:transformers")]
 SPREAD = [None, "zero2.json", "zero3.json"]
@@ -42,9 +23,9 @@ LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target": "all-linear"}
 ENVIRONMENT = ONE_THREAD | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def shell(program: str, arguments: dict, gpus: int = 2, nodes: int = 1) -> list[str]:
+def shell(words: list[str], gpus: int = 2, nodes: int = 1) -> list[str]:
     """Return a training's command as its rule has it, the launcher in front."""
-    return ["bash", "-c", f"{launcher(gpus, nodes, threads=1)} {shlex.join(command_of(program, arguments))}"]
+    return ["bash", "-c", f"{launcher(gpus, nodes, threads=1)} {shlex.join(words)}"]
 
 
 def run(command: list[str], **environment: str) -> str:
@@ -68,7 +49,7 @@ def assert_as_alone(alone: Path, together: Path, model: str) -> None:
 
 @pytest.mark.parametrize("deepspeed", SPREAD)
 def test_two_processes_train_a_reward_model_as_one_does(deepspeed, reward_model, data, tokenizer, tmp_path):
-    run(shell("train_reward_model", reward_training(data, tmp_path, deepspeed=deepspeed)))
+    run(shell(words_of("train_reward_model", reward_training(data, tmp_path, deepspeed=deepspeed))))
     assert_as_alone(reward_model, tmp_path, "model")
     rows, _ = rewards.reward_rows(tokenizer, SPEC, [toy_pair(n) for n in range(100, 108)], 320)
     pad = tokenizer.pad_token_id
@@ -83,18 +64,11 @@ def test_two_processes_train_a_policy_as_one_does_after_sigterm_too(deepspeed, p
 
     With DeepSpeed in as many processes, without it here in one.
     """
-    arguments, log = policy_training(data, tmp_path, deepspeed=deepspeed), tmp_path / "stderr.txt"
-    command = shell("train_policy", arguments)
-    with open(log, "w") as file:
-        started = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=file)
-    until = time.monotonic() + 300
-    while "step 2 of" not in log.read_text() and started.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    assert started.poll() is None, log.read_text()[-4000:]
-    started.send_signal(signal.SIGTERM)
-    assert started.wait(timeout=300) != 0
-    assert "SIGTERM: saved at step" in log.read_text()
-    assert "going on from" in run(command if deepspeed else [sys.executable, *command_of("train_policy", arguments)])
+    words = words_of("train_policy", policy_training(data, tmp_path, deepspeed=deepspeed))
+    stopped = subprocess.run(shell([str(SIGNALLED), "TERM", "3", *words]), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert stopped.returncode != 0
+    assert "SIGTERM: saved at step 3 of 6" in stopped.stderr, stopped.stderr[-4000:]
+    assert "going on from" in run(shell(words) if deepspeed else [sys.executable, *words])
     assert_as_alone(policy, tmp_path, "checkpoints/3")
 
 
@@ -102,7 +76,7 @@ def test_two_processes_train_a_policy_as_one_does_after_sigterm_too(deepspeed, p
 def test_weights_are_saved_in_float32_where_bf16_trains(deepspeed, data, tmp_path):
     """A step of 1e-5 is below what bf16 can tell of most weights, and must not be lost between two rounds of training."""
     small = {"precision": "bf16", "learning_rate": 1e-5, "epochs": None, "max_steps": 2}
-    run(shell("train_policy", policy_training(data, tmp_path, 1, deepspeed=deepspeed, **small)))
+    run(shell(words_of("train_policy", policy_training(data, tmp_path, 1, deepspeed=deepspeed, **small))))
     before, after = (load_file(folder / "model.safetensors") for folder in (data / "base", tmp_path / "checkpoints/1"))
     for name, weight in after.items():
         assert weight.dtype == torch.float32
@@ -113,7 +87,7 @@ def test_weights_are_saved_in_float32_where_bf16_trains(deepspeed, data, tmp_pat
 def test_two_processes_train_an_adapter_as_one_does(data, tmp_path):
     one, two = (policy_training(data, tmp_path / name, 1, lora=LORA, epochs=None, max_steps=3) for name in ("one", "two"))
     assert program("train_policy", **one) == 0
-    run(shell("train_policy", two))
+    run(shell(words_of("train_policy", two)))
     assert_as_alone(tmp_path / "one", tmp_path / "two", "checkpoints/1")
 
 
@@ -136,6 +110,6 @@ def test_launchers_of_two_nodes_meet_at_the_first(reward_model, data, tmp_path):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(stat.S_IRWXU)
-    command = shell("train_reward_model", reward_training(data, tmp_path / "out"), gpus=2, nodes=2)
+    command = shell(words_of("train_reward_model", reward_training(data, tmp_path / "out")), gpus=2, nodes=2)
     run(command, PATH=f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}", SLURM_JOB_ID=str(os.getpid()))
     assert_as_alone(reward_model, tmp_path / "out", "model")

@@ -1,17 +1,15 @@
 """General preference data and RewardBench through the programs: read, train the micro model, score, measure (paper, Table 2)."""
 
-# ruff: noqa: F811 (fixtures of another module)
-
 import json
 from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from toy_training import RECIPE, SPEC, program
 
 from psychocounsel.config import load_registry
 from psychocounsel.records import dump_records, read_records, validator
-from test_training import RECIPE, SPEC, data, one_thread, program, reward_model  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 BENCHMARK = Path(__file__).parents[1] / "workflow" / "preferences" / "rewardbench.jsonl"  # one pair of ours for each of its subsets

@@ -1,30 +1,17 @@
 """LoRA: adapters train in place of the weights, and what is left is a model like any other."""
 
-# ruff: noqa: F811 (fixtures of another module)
-
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_training import RECIPE, ROOT, SPEC, logged, policy_training, program, reward_training
 from transformers import AutoModelForCausalLM
 
 from psychocounsel.config import Study
 from psychocounsel.errors import UserError
 from psychocounsel.recipes import Recipe
 from psychocounsel.records import check_manifest, read_records
-from test_training import (  # noqa: F401 (fixtures)
-    RECIPE,
-    ROOT,
-    SPEC,
-    data,
-    logged,
-    one_thread,
-    policy,
-    policy_training,
-    program,
-    reward_training,
-)
 from test_training_resume import stop_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")

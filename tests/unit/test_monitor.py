@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_training import PROMPT, RECIPE, SPEC, a_sample, a_speech, an_id, program, reward_training, toy_pair
 
 from psychocounsel import rewards, tables
 from psychocounsel.errors import UserError
 from psychocounsel.monitor import repetition, summarise
 from psychocounsel.monitor_views import join_points, monitor_table, plot_checkpoints, plot_monitor
 from psychocounsel.records import dump_records, validator
-from test_training import PROMPT, RECIPE, SPEC, a_sample, a_speech, an_id, data, one_thread, program, reward_training, toy_pair  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # of trl's use of transformers
 
@@ -57,7 +57,7 @@ def test_measures_are_means_and_their_order_does_not_matter():
 
 
 @pytest.fixture(scope="module")
-def models(data):  # noqa: F811
+def models(data):
     """The micro model, and one that has moved away from it."""
     base, moved = (rewards.load_language_model(SPEC, data / "base") for _ in range(2))
     torch.manual_seed(1)
@@ -116,7 +116,7 @@ def test_the_log_ratio_estimates_the_same_divergence(models):
 
 
 @pytest.fixture(scope="module")
-def assessed(data, tmp_path_factory) -> Path:  # noqa: F811
+def assessed(data, tmp_path_factory) -> Path:
     """A trained reward model, two rounds of one checkpoint, answers, and the assessment of the second."""
     folder = tmp_path_factory.mktemp("assessed")
     assert program("train_reward_model", **reward_training(data, folder / "reward")) == 0
@@ -141,7 +141,7 @@ def assessed(data, tmp_path_factory) -> Path:  # noqa: F811
     return folder
 
 
-def assessment(folder: Path, data: Path, **changes) -> dict:  # noqa: F811
+def assessment(folder: Path, data: Path, **changes) -> dict:
     """Arguments of assess_checkpoint."""
     settings = {
         "policy": "p", "checkpoint": 2, "name": "p.checkpoint-2", "model": SPEC.model_dump(), "prompt": PROMPT,
@@ -168,7 +168,7 @@ def test_a_checkpoint_is_assessed(assessed):
         assert (row["repetition"], row["truncated"]) == (0.0, int(row["speech_id"] in {an_id("speech", n) for n in (1, 3)}))
 
 
-def test_a_checkpoint_of_another_place_is_refused(assessed, data, tmp_path, capsys):  # noqa: F811
+def test_a_checkpoint_of_another_place_is_refused(assessed, data, tmp_path, capsys):
     first = assessment(assessed, data, weights=assessed / "round-1/checkpoints/1/manifest.json", out=tmp_path / "o.json")
     assert program("assess_checkpoint", **first) == 1
     assert "not the model that --checkpoints lists as checkpoint 2" in capsys.readouterr().err

@@ -1,7 +1,5 @@
 """One conversation has one reward: in every program, in any company, and read as the authors of a published model read it."""
 
-# ruff: noqa: F811 (fixtures of another module)
-
 import json
 import shutil
 
@@ -10,28 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from toy_training import PROMPT, SPEC, a_sample, a_speech, policy_training, program, reward_training, toy_pair
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from psychocounsel import rewards
 from psychocounsel.errors import UserError
 from psychocounsel.prompts import client_speech, render
 from psychocounsel.records import dump_records, read_records, write_manifest
-from test_training import (  # noqa: F401 (fixtures)
-    PROMPT,
-    SPEC,
-    a_sample,
-    a_speech,
-    conversations,
-    data,
-    one_thread,
-    policy,
-    policy_training,
-    program,
-    reward_model,
-    reward_training,
-    tokenizer,
-    toy_pair,
-)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 DATED = SPEC.model_copy(update={"chat_template_kwargs": {"date_string": "26 Jul 2024"}})

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,18 +204,18 @@ def shell(site: dict, command: str) -> subprocess.Popen:
 
 def test_the_shell_of_a_job_waits_for_a_program_that_saves_on_sigterm():
     program = "import signal,sys,time\ndef save(*_): time.sleep(0.5); print('saved', flush=True); sys.exit(75)\n"
-    started = shell(SITE, f'python -c "{program}signal.signal(signal.SIGTERM, save); print(1, flush=True); time.sleep(30)"')
+    started = shell(SITE, f'python -c "{program}signal.signal(signal.SIGTERM, save); print(1, flush=True); time.sleep(300)"')
     assert started.stdout.readline() == "1\n"
     os.killpg(started.pid, signal.SIGTERM)  # as Slurm does: every process of the job
-    output, _ = started.communicate(timeout=20)
+    output, _ = started.communicate(timeout=120)
     assert (output, started.returncode) == ("saved\n", 75)
 
 
 def test_a_program_that_does_not_save_ends_at_sigterm():
-    started = shell(SITE, "sleep 30")
-    time.sleep(0.3)
+    started = shell(SITE, "sh -c 'echo started; exec sleep 300'")
+    assert started.stdout.readline() == "started\n"
     os.killpg(started.pid, signal.SIGTERM)
-    assert started.wait(timeout=5) == 128 + signal.SIGTERM
+    assert started.wait(timeout=120) == 128 + signal.SIGTERM
 
 
 def test_lines_of_the_site_run_first_and_a_failing_one_is_named(tmp_path):

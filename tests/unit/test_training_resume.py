@@ -1,7 +1,5 @@
 """Trainings that are killed, wherever the kill lands, and end with the bytes of those that were not."""
 
-# ruff: noqa: F811 (fixtures of another module)
-
 import os
 import signal
 import subprocess
@@ -14,6 +12,20 @@ from types import SimpleNamespace
 import orjson
 import pytest
 import torch
+from toy_training import (
+    ONE_THREAD,
+    PROMPT,
+    ROOT,
+    SIGNALLED,
+    SPEC,
+    a_sample,
+    a_speech,
+    logged,
+    policy_training,
+    program,
+    reward_training,
+    words_of,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerState
 
 from psychocounsel import records, rewards, training
@@ -21,24 +33,6 @@ from psychocounsel.errors import UserError
 from psychocounsel.records import check_manifest, dump_records, read_records, write_manifest
 from psychocounsel.trainers import PolicyTrainer
 from psychocounsel.training import MARKER, Watch, Work
-from test_training import (  # noqa: F401 (fixtures)
-    ONE_THREAD,
-    PROMPT,
-    ROOT,
-    SPEC,
-    a_sample,
-    a_speech,
-    command_of,
-    data,
-    logged,
-    one_thread,
-    policy,
-    policy_training,
-    program,
-    reward_model,
-    reward_training,
-    toy_pair,
-)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning:transformers",  # of trl's use of transformers, whose versions are pinned
@@ -189,27 +183,18 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bytes(name
     assert logged(tmp_path) == logged(whole)
 
 
-def killed_and_resumed(name: str, arguments: dict, marker: Path) -> None:
-    """Start a program, kill it by SIGKILL once a checkpoint is there, and run it to its end."""
-    command = [sys.executable, *command_of(name, arguments)]
-    started = subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while not marker.exists() and started.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)
-    started.kill()
-    assert started.wait() == -signal.SIGKILL, started.stderr.read().decode()
-    subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train_reward_model", "train_policy"])
-def test_kill_9_and_resume_give_the_same_bytes(name, data, tmp_path):
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kill_9_and_resume_give_the_same_bytes(name, data, reward_model, policy, tmp_path):
+    """By two processes of their own, killed in a step between two checkpoints."""
     build, result = PROGRAMS[name]
-    killed, whole = build(data, tmp_path / "killed", epochs=8, save_steps=3), build(data, tmp_path / "whole", epochs=8, save_steps=3)
-    killed_and_resumed(name, killed, tmp_path / "killed/work/checkpoint-6/complete.json")
-    assert program(name, **whole) == 0
-    assert (tmp_path / "killed" / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
-    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    words, whole = words_of(name, build(data, tmp_path)), {"train_reward_model": reward_model, "train_policy": policy}[name]
+    killed = subprocess.run([sys.executable, str(SIGNALLED), "KILL", "4", *words], cwd=ROOT, env=ONE_THREAD)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "work").glob("checkpoint-*")] == ["checkpoint-2"]
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=ONE_THREAD, check=True)
+    assert (tmp_path / result).read_bytes() == (whole / result).read_bytes()
+    assert logged(tmp_path) == logged(whole)
 
 
 # --- torn checkpoints
