@@ -57,15 +57,16 @@ def timed(command: list[str]) -> float:
 def build(size: int) -> None:
     """Write a run of `size` bytes with its provenance records."""
     block, folder = os.urandom(1 << 16), Path("results/benchmark/model")
+    run = provenance.surroundings(datetime.now(UTC)) | {"model": None, "chat_templates": {}, "prompts": {}, "facts": {}}
     folder.mkdir(parents=True)
     for number in range(SHARDS):
         fill(folder / f"model-{number}.safetensors", size // 2 // SHARDS, block)
     made = [write_manifest(folder)]
-    record(made[0], [])
+    record(made[0], [], run)
     for number in range(OUTPUTS):
         path = Path(f"results/benchmark/{number:03}.jsonl")
         fill(path, size // 2 // OUTPUTS, block)
-        record(path, made[-3:])
+        record(path, made[-3:], run)
         made.append(path)
 
 
@@ -77,10 +78,9 @@ def fill(path: Path, size: int, block: bytes) -> None:
             file.write(block)
 
 
-def record(output: Path, inputs: list[Path]) -> None:
+def record(output: Path, inputs: list[Path], run: dict) -> None:
     """Write an output's provenance record as a program would."""
     identity = provenance.identity("summarise_run", {}, {}, [provenance.used(path) for path in inputs])
-    run = provenance.surroundings(datetime.now(UTC)) | {"model": None, "chat_templates": {}, "prompts": {}, "facts": {}}
     facts = {"path": output.as_posix(), "sha256": file_sha256(output), "bytes": output.stat().st_size}
     whole = {"format": provenance.FORMAT, "output": facts, "job": None, "rows": {}, "identity": identity}
     whole |= {"identity_sha256": content_hash(identity), "run": run}

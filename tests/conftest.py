@@ -1,14 +1,10 @@
-"""Put the programs and the shared package on the path, as Python does for a program run from scripts/."""
+"""Hypothesis without deadlines, and the real data that some tests read."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 
 # No test fails for a slow machine: CI shares its cores.
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])

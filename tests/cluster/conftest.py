@@ -14,12 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from tests.cluster.slurm import Cluster, missing  # noqa: E402
-from tests.fakes.openai_server import Reply  # noqa: E402
-from tests.project import Project, project_copy, scripted_answer  # noqa: E402
+from tests.cluster.slurm import Cluster, missing
+from tests.fakes.openai_server import Reply
+from tests.project import Project, project_copy, scripted_answer
 
 STUDY = ("--configfile", "tests/cluster/study.yaml")
 OPTIONS = (

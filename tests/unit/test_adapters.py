@@ -112,6 +112,7 @@ def test_a_field_longer_than_the_csv_module_allows(tmp_path):
         (b"text,topic\n", "no data rows"),
         (b"", "no data rows"),
         (b"\x1f\x8b broken", "broken gzip"),
+        (b"PK\x03\x04 a workbook", "as Excel's files are"),
         (b"PAR1 broken", "broken Parquet"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from psychocounsel.config import load_registry, load_study, merged, read_config, resolve_extends
+from psychocounsel.config import check_config_files, load_registry, load_study, merged, read_config, resolve_extends
 from psychocounsel.errors import UserError
 
 PAPER = Path("config/config.yaml")
@@ -64,7 +64,9 @@ def test_the_paper_config_is_the_paper(tmp_path):
         ("speeches: {min_chars: 2000}\n", ["min_chars is greater than"]),
         ("report: {crisis_topics: [self-harn]}\n", ["Did you mean 'self-harm'?"]),
         ("run: a\nrun: b\n", ["mine.yaml:2", "'run' stands twice"]),
-        ("files: {models: [config/modells.yaml]}\n", ["config/modells.yaml: no such file"]),
+        ("files: {models: [config/modells.yaml]}\n", ["config/modells.yaml: no such file", f"this is {Path.cwd()}"]),
+        ("files: {models: [config]}\n", ["config: a folder"]),
+        ("policies: []\n", ["evaluation.policies[0]: no policy", "There is none."]),
     ],
 )
 def test_mistakes_are_explained(tmp_path, text, expected):
@@ -86,6 +88,32 @@ def test_broken_yaml_names_the_line(tmp_path):
         study_of(tmp_path, f"files: {{models: [{models}]}}\n")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"sources: [demo\nrun: x\n", r"mine\.yaml:2: not YAML"),
+        (b"split:\n\ttest_speeches: 3\n", r"mine\.yaml:2: not YAML"),
+        (b"run: caf\xe9\n", r"mine\.yaml: not UTF-8"),
+        (b"- a\n", r"mine\.yaml: holds no keys"),
+        (b"", r"mine\.yaml: holds no keys"),
+        (None, r"mine\.yaml: no such file"),
+    ],
+)
+def test_a_study_that_is_no_config_is_named_before_snakemake_reads_it(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        check_config_files(["--profile", "slurm", "--configfile", "config/demo.yaml", str(tmp_path / "mine.yaml"), "--", "dataset"])
+
+
+def test_a_file_of_ones_own_that_is_not_there_is_named(tmp_path):
+    sources = tmp_path / "sources.yaml"
+    entry = {"kind": "speeches", "title": "M", "adapter": "generic", "path": "lost.csv", "licence": "none", "quotable": False}
+    sources.write_text(yaml.safe_dump({"mine": entry | {"columns": {"text": "a"}}}, sort_keys=False))
+    study = study_of(tmp_path, f"files: {{sources: [config/sources.yaml, {sources}]}}\nsources: [mine]\n")
+    assert study.unpinned([], ["mine"])["mine"] == f"{sources}:5: sources.mine.path: no file 'lost.csv'."
+
+
 def test_a_chat_template_that_is_not_there_is_named(tmp_path):
     models = tmp_path / "models.yaml"
     models.write_text("baichuan2-7b-chat:\n  extends: gemma-2-9b-it\n  serve:\n    chat_template: lost.jinja\n")
@@ -99,7 +127,7 @@ def test_extends_inherits_deeply_and_refuses_circles(tmp_path):
     resolved = resolve_extends(models, [])
     assert resolved["c"] == {"x": {"p": 1, "q": 3}, "y": 5}
     assert models == before
-    with pytest.raises(UserError, match="circle"):
+    with pytest.raises(UserError, match="models.a.extends: b -> a -> b is a circle|models.b.extends: a -> b -> a is a circle"):
         resolve_extends({"a": {"extends": "b"}, "b": {"extends": "a"}}, [])
     with pytest.raises(UserError, match="no model 'z'"):
         resolve_extends({"a": {"extends": "z"}}, [])

@@ -1,13 +1,13 @@
 """The sampling program, run as a user runs it, against a fake endpoint."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import orjson
 import pytest
 import yaml
 from fakes.openai_server import FakeServer, Reply, echo
+from programs import run_program, start_program
 
 from psychocounsel.records import content_hash, dump_records, read_records
 
@@ -42,15 +42,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def generate(folder: Path, server: FakeServer | None, *more: str, **settings) -> subprocess.CompletedProcess:
+def generate(folder: Path, server: FakeServer | None, *more: str, how=run_program, **settings) -> subprocess.CompletedProcess:
     url = server.url if server else "http://127.0.0.1:1/v1"
     entry = {"kind": "openai", "base_url": url, "api_key_env": None, "concurrency": 4, "timeout_s": 5, "max_retries": 0}
     (folder / "endpoints.yaml").write_text(yaml.safe_dump({"fake": entry}))
     settings = orjson.dumps({"model": MODEL, "prompt": PROMPT, "seed": 1, **settings}).decode()
-    command = [sys.executable, "scripts/generate_responses.py", "--speeches", "speeches.jsonl", "--endpoints", "endpoints.yaml"]
-    command += ["--journal", "journal.jsonl", "--out", "out.jsonl", "--failed", "failed.jsonl", *more]
-    paths = [str(folder / word) if word.endswith((".jsonl", ".yaml")) else word for word in command]
-    return subprocess.run([*paths, "--settings", settings], capture_output=True, text=True)
+    words = ["--speeches", "speeches.jsonl", "--endpoints", "endpoints.yaml", "--journal", "journal.jsonl"]
+    words += ["--out", "out.jsonl", "--failed", "failed.jsonl", *more]
+    paths = [folder / word if word.endswith((".jsonl", ".yaml")) else word for word in words]
+    return how("generate_responses", *paths, "--settings", settings)
 
 
 def responses(folder: Path, name: str = "out.jsonl") -> list[dict]:
@@ -189,5 +189,5 @@ def test_two_runs_write_the_same_bytes(folder):
         generate(folder, server)
         first = (folder / "out.jsonl").read_bytes()
         (folder / "journal.jsonl").unlink()
-        generate(folder, server)
+        generate(folder, server, how=start_program)
     assert (folder / "out.jsonl").read_bytes() == first

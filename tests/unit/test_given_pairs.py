@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import run_program
 from tests.fakes.published_data import PRINCIPLES, published_rows, write_rows
 
 from psychocounsel.config import load_study, read_config
@@ -174,8 +175,7 @@ def test_tables_and_figures_of_pairs_without_scores_say_why(read, tmp_path):
     registries = ["--taxonomy", "config/taxonomy.yaml", "--out-dir", tmp_path / "out"]
     told = ["--settings", json.dumps({"opponent": "O", "judge": "J", "pool": [{"title": "7B", "models": ["m"]}], "bootstrap": 20})]
     for name, more in (("make_tables", ["--paper", "config/paper.yaml"]), ("plot_figures", [])):
-        command = [sys.executable, f"scripts/{name}.py", *map(str, (*files, *registries, *more)), *told]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_program(name, *files, *registries, *more, *told)
         assert done.returncode == 0, done.stderr
     for table in ("dataset", "pool", "pairs", "model_groups", "judge_consistency"):
         for row in csv.DictReader((tmp_path / "out" / f"{table}.csv").open()):

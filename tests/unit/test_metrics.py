@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import run_program
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
@@ -251,19 +251,18 @@ def pair_record(prediction: dict, subset: str | None = None) -> dict:
     return {"pair_id": prediction["pair_id"], "speech_id": prediction["speech_id"], **fixed, **unknown, "subset": subset}
 
 
-def run_program(folder, pairs: list[dict], rows: list[dict], **extra) -> subprocess.CompletedProcess:
+def evaluate(folder, pairs: list[dict], rows: list[dict], **extra) -> subprocess.CompletedProcess:
     """Run evaluate_rewards.py on files in a folder."""
     for name, records in (("pairs", pairs), ("predictions", rows)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     words = ["--pairs", folder / "pairs.jsonl", "--predictions", folder / "predictions.jsonl", "--out", folder / "metrics.json"]
     options = json.dumps({"name": "m", "seed": 1, "bootstrap": 20, **extra})
-    command = [sys.executable, "scripts/evaluate_rewards.py", *words, "--settings", options]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    return run_program("evaluate_rewards", *words, "--settings", options)
 
 
 def test_program_counts_what_it_leaves_out(tmp_path):
     rows = predictions(20, 1.0)
-    done = run_program(tmp_path, [pair_record(row, "math") for row in rows], rows[:-3], sections={"Reasoning": {"math": 5, "code": 5}})
+    done = evaluate(tmp_path, [pair_record(row, "math") for row in rows], rows[:-3], sections={"Reasoning": {"math": 5, "code": 5}})
     assert done.returncode == 0, done.stderr
     result = validator("metrics")(json.loads((tmp_path / "metrics.json").read_text()))
     assert (result["pairs"], result["n"]) == (20, 17)
@@ -282,7 +281,7 @@ def test_program_counts_what_it_leaves_out(tmp_path):
 )
 def test_program_refuses_files_that_do_not_belong_together(tmp_path, change, message):
     rows = predictions(4, 1.0)
-    done = run_program(tmp_path, *change([pair_record(row) for row in rows], rows))
+    done = evaluate(tmp_path, *change([pair_record(row) for row in rows], rows))
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -291,6 +290,6 @@ def test_program_refuses_files_that_do_not_belong_together(tmp_path, change, mes
 
 def test_subset_without_a_section_is_refused(tmp_path):
     rows = predictions(4, 1.0)
-    done = run_program(tmp_path, [pair_record(row, "chess") for row in rows], rows, sections={"Chat": {"easy": 1}})
+    done = evaluate(tmp_path, [pair_record(row, "chess") for row in rows], rows, sections={"Chat": {"easy": 1}})
     assert done.returncode == 1
     assert "'chess'" in done.stderr

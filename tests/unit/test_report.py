@@ -5,10 +5,10 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run_program, start_program
 
 from psychocounsel.costs import cost_table
 from psychocounsel.errors import UserError
@@ -76,10 +76,9 @@ def records() -> dict[str, list[dict]]:
     }
 
 
-def program(name: str, *words: object, **settings) -> subprocess.CompletedProcess:
+def program(name: str, *words: object, how=run_program, **settings) -> subprocess.CompletedProcess:
     """Run a program with settings."""
-    command = [sys.executable, f"scripts/{name}.py", *words, "--settings", json.dumps(settings)]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    return how(name, *words, "--settings", json.dumps(settings))
 
 
 def succeed(name: str, *words: object, **settings) -> None:
@@ -135,8 +134,8 @@ def run(tmp_path_factory) -> Path:
         "--reward-logs",
         f"rm={folder / 'log.json'}",
     ]
-    for place in ("figures", "again"):
-        succeed("plot_figures", *figures, "--out-dir", folder / place, pool=pool, **named)
+    for place, how in (("figures", run_program), ("again", start_program)):
+        succeed("plot_figures", *figures, "--out-dir", folder / place, pool=pool, how=how, **named)
     return folder
 
 

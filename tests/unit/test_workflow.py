@@ -137,9 +137,10 @@ def test_site_facts_are_in_no_settings(flow):
 
 
 def test_a_change_reaches_exactly_the_settings_that_use_it(tmp_path):
+    before = calls(load([]))
+
     def changed(edit) -> set[str]:
         study = load([]).study
-        before = calls(load([]))
         edit(study)
         after = calls(Workflow(Study(**vars_of(study))))
         return {program for (program, old), (_, new) in zip(before, after, strict=True) if old != new}
@@ -261,12 +262,27 @@ def test_rules_that_may_ask_a_remote_endpoint_wait_for_each_other():
     assert {name for name, block in own.items() if "remote=" not in block} == {"sample_responses", "answer_checkpoint"}
 
 
-def test_a_model_is_spread_over_the_gpus_that_its_job_asks_for():
-    target = f"results/{load([]).run}/03_responses/llama-3.1-70b-instruct.jsonl"
-    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", target]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (asked,) = re.findall(r"generate_responses\.py .*", shown)
-    assert " --gpus 4 " in asked
+def programs_planned(overlays: list[str], targets: list[str]) -> str:
+    """Return the command lines of all programs that make some files from nothing."""
+    files = [f"config/{name}.yaml" for name in ("config", *overlays)]
+    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", "--configfile", *files, "--forceall", *targets]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def paper_planned() -> str:
+    """The command lines that make a 70B model's answers, the judgements of the published policy, and the pairs of an iteration."""
+    files = (
+        "03_responses/llama-3.1-70b-instruct.jsonl",
+        "09_judgements/llama3-8b-published/free.win_rates.json",
+        "07_policies/llama3-3b-dpo-iter/iteration-1/pairs.jsonl",
+    )
+    return programs_planned([], [load([]).results(file) for file in files])
+
+
+def test_a_model_is_spread_over_the_gpus_that_its_job_asks_for(paper_planned):
+    asked = re.findall(r"generate_responses\.py .*03_responses/llama-3.1-70b-instruct.jsonl", paper_planned)
+    assert [" --gpus 4 " in command for command in asked] == [True]
 
 
 def test_a_published_reward_model_is_given_the_gpus_that_hold_it():
@@ -311,27 +327,22 @@ def test_cards_name_the_labels_licences_and_data_sets_of_what_a_model_learnt_fro
     }  # fmt: skip
 
 
-def test_the_authors_policy_is_evaluated_as_it_was_published():
+def test_the_authors_policy_is_evaluated_as_it_was_published(paper_planned):
     """A policy of method none with weights of its own: nothing is trained, and its own weights are served."""
-    flow = load([])
-    target = f"results/{flow.run}/09_judgements/llama3-8b-published/free.win_rates.json"
-    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", target]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "train_policy.py" not in shown
-    answered = next(
-        line for line in shown.splitlines() if "08_answers/llama3-8b-published/free.jsonl" in line and "generate_responses.py" in line
-    )
+    about = [line for line in paper_planned.splitlines() if "llama3-8b-published" in line and ".py " in line]
+    assert not [line for line in about if "train_policy.py" in line]
+    (answered,) = [line for line in about if "generate_responses.py" in line and "08_answers/llama3-8b-published/free.jsonl" in line]
     assert '"id":"Psychotherapy-LLM/PsychoCounsel-Llama3-8B"' in answered
     assert " --gpus 1 " in answered
     assert "--weights" not in answered
 
 
-@pytest.mark.parametrize(("overlays", "policy", "stops"), [([], "llama3-3b-dpo-iter", True), (["demo"], "smollm2-135m-dpo-iter", False)])
-def test_the_first_job_that_uses_a_reward_model_waits_for_its_metrics_and_stops_at_chance_where_the_config_says_so(overlays, policy, stops):
-    target = load(overlays).results(f"07_policies/{policy}/iteration-1/pairs.jsonl")
-    files = [f"config/{name}.yaml" for name in ("config", *overlays)]
-    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--cores", "1", "--configfile", *files, "--forceall", target]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize(("study", "stops"), [("paper", True), ("demo", False)])
+def test_the_first_job_that_uses_a_reward_model_waits_for_its_metrics_and_stops_at_chance_where_the_config_says_so(study, stops, request):
+    if study == "paper":
+        shown = request.getfixturevalue("paper_planned")
+    else:
+        shown = programs_planned(["demo"], [load(["demo"]).results("07_policies/smollm2-135m-dpo-iter/iteration-1/pairs.jsonl")])
     (asked,) = re.findall(r"rank_samples\.py .*", shown)
     assert (" --stop-at-chance " in asked) is stops
     (metrics,) = re.findall(r"--metrics (\S+)", asked)

@@ -3,17 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from tests.project import Project, project_copy  # noqa: E402
+from tests.project import Project, project_copy
 
 
 @pytest.fixture(scope="session")
