@@ -21,17 +21,17 @@ RUN = demo$(if $(filter-out demo,$(SPEECHES)),-$(SPEECHES))
 
 .PHONY: demo plan pin sources test test-fast test-vllm stress bench bench-train lint format dry-run audit report lock clean-demo
 
-demo: .venv/pipeline.ready
+demo: $(STUDY) .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --quiet reason host
 	@cat results/$(RUN)/summary.txt
 
-plan: .venv/pipeline.ready
+plan: $(STUDY) .venv/pipeline.ready
 	@python scripts/plan_run.py --profile $(PROFILE) --configfile $(STUDY)
 
-pin: .venv/pipeline.ready
+pin: $(STUDY) .venv/pipeline.ready
 	@python scripts/pin_names.py --configfile $(STUDY)
 
-sources: .venv/pipeline.ready
+sources: $(STUDY) .venv/pipeline.ready
 	@python scripts/count_speeches.py --configfile $(STUDY)
 
 # The quick ones beside each other; the slow ones share a run of the workflow, and fill the cores by themselves.
@@ -79,11 +79,11 @@ format: .venv/dev.ready
 dry-run: .venv/pipeline.ready
 	snakemake -n --quiet rules
 
-audit: .venv/pipeline.ready
+audit: $(STUDY) .venv/pipeline.ready
 	python scripts/audit.py verify --configfile $(STUDY)
 
 # Beside the run and not in it: every file of a run has a provenance record.
-report: .venv/pipeline.ready
+report: $(STUDY) .venv/pipeline.ready
 	snakemake --profile profiles/local --configfile $(STUDY) --report results/$(RUN).snakemake_report.html
 
 # The kept outputs go too, or a new demonstration would adopt them; for other runs they are repetition saved, no result.

@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from psychocounsel import site as sites
-from psychocounsel.config import locate
+from psychocounsel.config import check_config_files, locate
 from psychocounsel.errors import UserError
 
 PROFILE = Path("profiles/slurm/config.yaml")
@@ -40,6 +40,7 @@ def main() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs find this environment's python
     snakemake = [sys.executable, "-m", "snakemake", "--profile", "slurm", *for_snakemake]
     try:
+        check_config_files(for_snakemake)
         check_site(sites.site_file())
         if args.check:
             return

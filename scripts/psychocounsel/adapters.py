@@ -154,6 +154,8 @@ def read_table(path: Path) -> list[dict]:
             raise UserError(f"{path}: a broken gzip file ({error}); fetch it again") from None
     if raw.startswith(b"PAR1"):
         return parquet_rows(path)
+    if raw.startswith(b"PK\x03\x04"):
+        raise UserError(f"{path}: a zip archive, as Excel's files are; unpack it, or save the table as CSV (UTF-8)")
     text = decode(path, raw)
     opening = text.lstrip()[:1]
     rows = json_rows(path, text) if opening == "[" else json_lines(path, text) if opening == "{" else csv_rows(path, text)

@@ -1,8 +1,9 @@
 """Load and check the config and its registries before any job: every error names file, line, key, value and remedy."""
 
+import argparse
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import jsonschema
@@ -24,8 +25,18 @@ def read_config(files: list[Path]) -> dict:
     """Return the config of several files, merged as Snakemake does: mappings by key, everything else replaced by the later."""
     config: dict = {}
     for file in files:
-        config = merged(config, read_yaml(file) or {})
+        read = read_yaml(file)
+        if not isinstance(read, dict):
+            raise UserError(f"{file}: holds no keys; a file of a study gives those keys of config/config.yaml that it changes")
+        config = merged(config, read)
     return config
+
+
+def check_config_files(words: list[str]) -> None:
+    """Raise UserError where a config file that Snakemake's words name is not there or broken: Snakemake names neither file nor line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--configfile", "--configfiles", nargs="+", type=Path, default=[])
+    read_config(parser.parse_known_args(words)[0].configfile)
 
 
 def merged(below: dict, above: dict) -> dict:
@@ -100,7 +111,10 @@ class Study:
                 found.setdefault(entry["id"], f"{place}: models.{name}.revision: which commit of {entry['id']}?")
         for name in sources:
             if is_unpinned_source(self.sources[name]):
-                found[name] = f"{locate((name, 'sha256'), sources_files)}: sources.{name}.sha256: what is in its file?"
+                entry = self.sources[name]
+                lost = "path" in entry and not any(entry.get(key) for key in ("file", "address", "hub"))
+                key, fault = ("path", f"no file {entry['path']!r}.") if lost else ("sha256", "what is in its file?")
+                found[name] = f"{locate((name, key), sources_files)}: sources.{name}.{key}: {fault}"
         return found
 
     @staticmethod
@@ -136,6 +150,12 @@ def load_pins(file: Path) -> dict[str, dict]:
     return load_registry([file], "pins") if file.exists() else {"models": {}, "files": {}}
 
 
+@lru_cache(maxsize=32)
+def nodes(text: str) -> yaml.Node | None:
+    """Return the nodes of a YAML text, which know their lines; the files of a config are asked for theirs again and again."""
+    return yaml.compose(text, LOADER)
+
+
 def read_yaml(file: Path) -> object:
     """Read a YAML file; raise UserError with the line where it is broken or names a key twice."""
     check_duplicate_keys(file)
@@ -145,9 +165,11 @@ def read_yaml(file: Path) -> object:
 def check_duplicate_keys(file: Path) -> None:
     """Raise UserError where a YAML file is missing, broken, or names a key twice: the reader would keep only the last."""
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), LOADER)
+        root = nodes(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file; it is named in the config") from None
+        raise UserError(f"{file}: no such file; paths count from the project's folder, and this is {Path.cwd()}") from None
+    except IsADirectoryError:
+        raise UserError(f"{file}: a folder, where a YAML file is expected") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 (byte {error.start})") from None
     except yaml.MarkedYAMLError as error:
@@ -174,16 +196,16 @@ def resolve_extends(models: dict[str, dict], files: list[Path]) -> dict[str, dic
         entry = models[name]
         if "extends" not in entry:
             return entry
-        parent = entry["extends"]
-        if parent in trail:
-            raise UserError(f"{locate((name, 'extends'), files)}: models.{name}.extends: {' -> '.join((*trail, parent))} is a circle")
+        parent, above = entry["extends"], (*trail, name)
+        if parent in above:
+            raise UserError(f"{locate((name, 'extends'), files)}: models.{name}.extends: {' -> '.join((*above, parent))} is a circle")
         if parent not in models:
             raise UserError(
                 f"{locate((name, 'extends'), files)}: models.{name}.extends: no model {parent!r}.{nearest(parent, list(models))}"
             )
-        return merged(resolved(parent, (*trail, name)), {k: v for k, v in entry.items() if k != "extends"})
+        return merged(resolved(parent, above), {k: v for k, v in entry.items() if k != "extends"})
 
-    return {name: resolved(name, (name,)) for name in models}
+    return {name: resolved(name, ()) for name in models}
 
 
 def schema_errors(value: object, kind: str, files: list[Path]) -> Iterator[str]:
@@ -224,7 +246,7 @@ def locate(path: KeyPath, files: list[Path]) -> str:
     """Return file:line of a key path, in the last file that has it; the deepest part that is there counts."""
     best = (0, f"{files[-1]}" if files else "config")
     for file in files:
-        node, depth, line = yaml.compose(file.read_text(encoding="utf-8"), LOADER), 0, 1
+        node, depth, line = nodes(file.read_text(encoding="utf-8")), 0, 1
         for part in path:
             if isinstance(node, yaml.MappingNode):
                 found = next(((k, v) for k, v in node.value if k.value == str(part)), None)

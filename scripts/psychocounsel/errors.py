@@ -17,4 +17,4 @@ def nearest(name: object, allowed: list[str]) -> str:
 
 def nearest_or_all(name: object, allowed: list[str]) -> str:
     """Return the nearest allowed name as a hint, or all of them."""
-    return nearest(name, allowed) or f" Allowed: {', '.join(sorted(allowed))}."
+    return nearest(name, allowed) or (f" Allowed: {', '.join(sorted(allowed))}." if allowed else " There is none.")

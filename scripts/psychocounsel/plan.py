@@ -19,6 +19,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from psychocounsel.changes import changed_code, changed_settings
+from psychocounsel.config import check_config_files
 from psychocounsel.errors import UserError
 from psychocounsel.estimates import ABOUT, AT_MOST, EXACT, expected_requests
 from psychocounsel.fingerprint import code_modules
@@ -112,6 +113,7 @@ def dry_run(words: list[str]) -> list[Job]:
     """Return the jobs that Snakemake would run with these words on its command line, in the order of their dependencies."""
     from snakemake import cli
 
+    check_config_files(words)
     tap, logger = Tap(), logging.getLogger("snakemake.logging")
     logger.addFilter(tap)  # Snakemake removes handlers that are not its own
     try:

@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 from psychocounsel.config import Study, check_duplicate_keys, complain, locate, read_yaml, schema_errors
 from psychocounsel.errors import UserError
 from psychocounsel.recipes import PolicyRecipe, Recipe, accumulation
+from psychocounsel.stage import parse_settings
 
 SITE_FILE = Path("profiles/slurm/site.yaml")
 DRIVER_LOCK = Path("work/driver.lock")
@@ -195,8 +196,9 @@ def check_trainings(workflow, study: Study, on_slurm: bool) -> None:
                 raise UserError(f"{place}: several nodes need Slurm (--profile slurm)")
             if nodes > 1 and gpus % nodes:
                 raise UserError(f"{place}: gpu counts the GPUs of all nodes and must be a multiple of nodes")
+            recipe = parse_settings(kind, study.recipe(entry["recipe"]), f"{rule.name} of {name}: {entry['recipe']}")
             try:
-                accumulation(kind(**study.recipe(entry["recipe"])), max(gpus, 1))
+                accumulation(recipe, max(gpus, 1))
             except UserError as error:
                 raise UserError(f"{place}: {entry['recipe']}: {error}") from None
 

@@ -91,16 +91,17 @@ def add_reuse_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_settings(kind: type[Settings], values: dict) -> Settings:
-    """Build settings from their values; raise UserError that names the key and the nearest name."""
+def parse_settings(kind: type[Settings], values: dict, where: str = "--settings") -> Settings:
+    """Build settings from their values; raise UserError that names where they stand, the key and the nearest name."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         lines = []
         for fault in error.errors(include_url=False):
             name = ".".join(str(part) for part in fault["loc"])
+            place = f"{where}: {name}" if name else where  # what concerns several keys has no name
             hint = nearest(name, list(kind.model_fields)) if fault["type"] == "extra_forbidden" else ""
-            lines.append(f"--settings: {name}: {fault['msg']}.{hint}")
+            lines.append(f"{place}: {fault['msg']}.{hint}")
         raise UserError("\n".join(lines)) from None
 
 
