@@ -31,7 +31,7 @@ from psychocounsel.budget import Purse
 from psychocounsel.endpoints import Endpoint
 from psychocounsel.errors import UserError
 from psychocounsel.journal import Journal, add_tokens, sync_folder
-from psychocounsel.line import KEPT, Call, PassingFault, RefusedRequest, characters, judge, pause, read_completion, status_reason
+from psychocounsel.line import KEPT, Call, PassingFault, RefusedRequest, characters, judge, pause, read_completion, read_usage, status_reason
 from psychocounsel.pricing import CHARACTERS_PER_TOKEN
 
 CODE_VERSION = 1  # counts in code fingerprints instead of this module's text: it carries what chat.py asks
@@ -95,6 +95,9 @@ class Batches:
         self.tried: dict[str, dict] = {}  # request_key -> reason, raw, spent, attempts
         content = path.read_bytes() if path.is_file() else b""
         self.end = content.rfind(b"\n") + 1  # what follows was cut off by a kill: that step was not taken
+        last = content.rfind(b"\n", 0, max(0, self.end - 1)) + 1
+        if b"\0" in content[last : self.end]:  # cut off by a power cut: pages that had not reached the disk
+            self.end = last
         for number, line in enumerate(content[: self.end].splitlines(), start=1):
             try:
                 self._take(orjson.loads(line))
@@ -182,6 +185,11 @@ def request_line(call: Call, attempt: int, common: dict) -> bytes:
     return orjson.dumps({"custom_id": call.key, "method": "POST", "url": PATH, "body": body}, option=orjson.OPT_APPEND_NEWLINE)
 
 
+def an_object(found: object) -> dict:
+    """Return what is found in a line where an object belongs; an empty one where there is something else."""
+    return found if isinstance(found, dict) else {}
+
+
 class Results:
     """The lines of a batch's result files, found by request_key; they stay on the disk."""
 
@@ -221,13 +229,12 @@ class Results:
         if row["custom_id"] in self.places:
             return
         self.places[row["custom_id"]] = place
-        response = row.get("response") or {}
-        body = response.get("body") if response.get("status_code") == 200 else None
-        if response.get("status_code") != 200 or (isinstance(body, dict) and body.get("usage")):
+        response = an_object(row.get("response"))
+        if response.get("status_code") != 200:
             self.told.add(row["custom_id"])
-        if isinstance(body, dict) and (usage := body.get("usage")):
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            self.spent = add_tokens(self.spent, usage | {"cached_tokens": cached})
+        elif usage := read_usage(an_object(response.get("body")).get("usage")):
+            self.told.add(row["custom_id"])
+            self.spent = add_tokens(self.spent, usage)
 
     def row(self, key: str) -> dict | None:
         """Return the line about a request, or None."""
@@ -503,15 +510,16 @@ class Engine:
         """Return the answer in a line of results, or raise what stands there instead; UserError is fatal."""
         if row is None:
             raise PassingFault("no line in the results of its batch")
-        response, error = row.get("response") or {}, row.get("error") or {}
+        response, error = an_object(row.get("response")), an_object(row.get("error"))
         if error.get("code") in NOT_CARRIED_OUT:
             raise NotCarriedOut
         if not response:
             raise PassingFault(f"{error.get('code')}: {error.get('message')}")
-        body = response.get("body") if isinstance(response.get("body"), dict) else {}
+        body = an_object(response.get("body"))
         if response.get("status_code") != 200:
-            error = body.get("error") if isinstance(body.get("error"), dict) else {}
-            says = (response.get("status_code") or 500, error.get("code"), error.get("message"))
+            error = an_object(body.get("error"))
+            status = response.get("status_code")
+            says = (status if isinstance(status, int) else 500, error.get("code"), error.get("message"))
             raise PassingFault(status_reason(*says, self.where, self.endpoint.api_key_env, self.common["model"]))
         try:
             return read_completion(body)

@@ -259,20 +259,30 @@ def read_completion(body: dict) -> dict:
     Raise ValueError for what is no completion.
     """
     try:
-        choice, usage = body["choices"][0], body.get("usage")
+        choice = body["choices"][0]
         text, refusal, finish_reason = choice["message"].get("content"), choice["message"].get("refusal"), choice.get("finish_reason")
-        counts = usage and {
-            "prompt_tokens": int(usage["prompt_tokens"]),
-            "completion_tokens": int(usage["completion_tokens"]),
-            "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
-        }
-        served_model = body.get("model")
+        usage, served_model = read_usage(body.get("usage")), body.get("model")
     except (LookupError, TypeError, AttributeError):
         raise ValueError("no completion") from None
     if not all(isinstance(found, str | None) for found in (text, refusal, finish_reason, served_model)):
         raise ValueError("no completion")
     finish_reason = "refusal" if refusal and not text else finish_reason
-    return {"text": text or refusal or "", "finish_reason": finish_reason, "usage": counts or None, "served_model": served_model}
+    return {"text": text or refusal or "", "finish_reason": finish_reason, "usage": usage, "served_model": served_model}
+
+
+def read_usage(usage: dict | None) -> dict | None:
+    """Return the tokens that a completion says it took, or None; raise ValueError for what are no counts."""
+    if not usage:
+        return None
+    try:
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        counts = {"prompt_tokens": int(usage["prompt_tokens"]), "completion_tokens": int(usage["completion_tokens"])}
+        counts["cached_tokens"] = None if cached is None else int(cached)
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("no counts of tokens") from None
+    if not all(0 <= count < 2**48 for count in counts.values() if count is not None):
+        raise ValueError("no counts of tokens")
+    return counts
 
 
 def judge(call: Call, answer: dict) -> None:

@@ -6,16 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import orjson
 import pytest
 import yaml
 from fakes import batch_server
 from fakes.batch_server import FakeBatches, Fate, Lost
-from fakes.openai_server import FakeServer, Reply, echo, error
+from fakes.openai_server import FakeServer, Reply, completion, echo, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.test_chat_faults import odd
 
 from psychocounsel import batch, line
 from psychocounsel.chat import ChatRequest, complete
@@ -118,7 +121,7 @@ def test_files_keep_to_both_limits_and_hold_every_request_once(tmp_path_factory,
 
 
 def test_the_defaults_are_the_limits_that_the_api_has():
-    limits = batch.Endpoint(kind="batch").batch
+    limits = batch.Endpoint(kind="batch", base_url="http://x/v1").batch
     assert (limits.max_requests, limits.max_bytes) == (batch_server.MOST_REQUESTS, batch_server.MOST_BYTES)
 
 
@@ -283,6 +286,27 @@ def test_a_spoilt_file_of_results_costs_only_what_it_lost(tmp_path, spoilt, capl
     assert texts(answers) == echoed(5)
     assert sizes(server) == [5, lost][: 1 + bool(lost)]
     assert bool(lost) <= ("results are readable" in caplog.text)
+
+
+ROWS = [
+    {"custom_id": "k", "response": {"status_code": 200, "body": completion({"model": "m", "messages": []}, Reply("hi"))}, "error": None},
+    {"custom_id": "k", "response": {"status_code": 400, "body": {"error": {"code": "c", "message": "m"}}}, "error": None},
+    {"custom_id": "k", "response": None, "error": {"code": "batch_expired", "message": "m"}},
+]
+
+
+@given(st.sampled_from(ROWS).flatmap(odd))
+@settings(max_examples=300)
+def test_any_line_of_results_is_an_answer_or_tells_what_to_do(tmp_path_factory, row):
+    """Whichever of its parts are missing or something else."""
+    endpoint = batch.Endpoint(kind="batch", base_url="http://x/v1", api_key_env="FAKE_KEY")
+    engine = SimpleNamespace(where="x", endpoint=endpoint, common={"model": "m"})
+    with batch.Results(tmp_path_factory.getbasetemp() / "results") as results:
+        results.append([json.dumps(row).encode()])
+        found = results.row("k")
+        assert (found is not None) == (row.get("custom_id") == "k")
+        with suppress(line.PassingFault, line.RefusedRequest, batch.NotCarriedOut, UserError):
+            assert isinstance(batch.Engine.answer(engine, found)["text"], str)
 
 
 @pytest.mark.parametrize(
@@ -471,6 +495,26 @@ def test_a_line_that_was_cut_off_is_dropped_and_a_damaged_one_named(tmp_path):
         memory.write_bytes(b'{"event":"created","batch":"x","id":"y"}\n')
         with pytest.raises(UserError, match=r"batches:1: not a line about batches.*move"):
             ask(tmp_path, server.url, requests(5))
+
+
+@pytest.mark.parametrize("hole", [(0, 20), (5, 60), (30, 10**6)], ids=["at its beginning", "in the middle", "to its end"])
+def test_a_power_cut_in_the_last_line_costs_that_line_alone(tmp_path, hole):
+    """A line of many requests takes many pages, of which the first may not have reached the disk when the last has."""
+    with FakeBatches(fate=lambda number: Fate(polls=10**6)) as server, pytest.raises(UserError):
+        ask(tmp_path, server.url, requests(2), limits={"wait": False})
+    memory = tmp_path / "journal.jsonl.batches"
+    whole = memory.read_bytes()
+    last = bytearray(orjson.dumps({"event": "intended", "batch": "b", "time": 0, "tokens": 1, "attempts": {"k": 0}}) + b"\n")
+    start, end = hole
+    last[start:end] = bytes(len(last[start:end]))
+    memory.write_bytes(whole + last)
+    known = batch.Batches(memory)
+    assert [found.id for found in known.open.values()] == ["batch-1"]
+    known.note("settled")
+    assert memory.read_bytes() == whole + b'{"event":"settled"}\n'
+    memory.write_bytes(whole[:5] + b"\0" + whole[6:])
+    with pytest.raises(UserError, match=r"batches:1: not a line about batches"):
+        batch.Batches(memory)
 
 
 class Cut(BaseException):

@@ -12,14 +12,14 @@ from pathlib import Path
 import httpx2
 import pytest
 import yaml
-from fakes.openai_server import FakeServer, Reply, error
-from hypothesis import given
+from fakes.openai_server import FakeServer, Reply, completion, error
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psychocounsel import line
 from psychocounsel.chat import ChatRequest, complete
 from psychocounsel.errors import UserError
-from psychocounsel.journal import peek
+from psychocounsel.journal import add_tokens, intact, peek, rendered
 from psychocounsel.models import ModelSpec
 from psychocounsel.parsing import parse_ratings, ratings_schema
 
@@ -41,6 +41,7 @@ def ratings(scores: tuple = SCORES, rationale: str = "because") -> dict:
 
 
 GOOD = json.dumps(ratings())
+USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 5}}
 
 
 def rate(folder: Path, server: FakeServer, count: int = 1, limits: dict | None = None, **options):
@@ -140,6 +141,42 @@ def test_pauses_grow_and_are_never_shorter_than_retry_after(retry, asked):
 def test_an_unreadable_retry_after_is_none(value):
     assert line.retry_after(httpx2.Response(429, headers={"Retry-After": value})) is None
     assert line.retry_after(None) is None
+
+
+JSON_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@st.composite
+def odd(draw, whole: dict) -> dict:
+    """JSON of which up to two parts, whichever, are missing or something else."""
+    for _ in range(draw(st.integers(0, 2))):
+        parts = whole = json.loads(json.dumps(whole))
+        key = draw(st.sampled_from(sorted(parts)))
+        while isinstance(parts[key], dict | list) and parts[key] and draw(st.integers(0, 3)):
+            parts = parts[key]
+            key = draw(st.sampled_from(sorted(parts) if isinstance(parts, dict) else range(len(parts))))
+        if draw(st.booleans()):
+            parts[key] = draw(JSON_VALUE)
+        else:
+            del parts[key]
+    return whole
+
+
+@given(odd(completion({"model": "judge-1", "messages": []}, Reply(GOOD)) | {"usage": USAGE}))
+@settings(max_examples=300)
+def test_any_reply_is_a_completion_that_can_be_kept_or_none(body):
+    """What is no completion is a passing fault, whichever part of it is odd; what is one can be counted and written to the journal."""
+    try:
+        answer = line.read_completion(body)
+    except ValueError:
+        return
+    spent = add_tokens(add_tokens({}, answer["usage"]), answer["usage"])
+    assert all(0 <= count < 2**62 for count in spent.values())
+    assert intact(rendered({"key": "00", "answer": answer, "reason": None, "raw": [], "spent": spent}))
 
 
 # Answers that are none ----------------------------------------------------------------------------------------------------------------
