@@ -175,7 +175,8 @@ def wait_until_healthy(process: subprocess.Popen, port: int, endpoint: Endpoint,
     while time.monotonic() - started < endpoint.start_timeout_s:
         if process.poll() is not None:
             words = tail(log_path)
-            if "address already in use" in words.lower():
+            own = words.rpartition(" ".join(process.args[1:]))[2]  # before its command line stand the words of an earlier start
+            if "address already in use" in own.lower():
                 return False
             raise UserError(
                 f"{endpoint.server}: the server ended with code {process.returncode} before it was ready. Its log ends:\n{words}"

@@ -219,6 +219,14 @@ def test_a_port_taken_meanwhile_is_given_up_for_another(instead, taken_first, tm
     assert "Address already in use" in (tmp_path / "server.log").read_text()
 
 
+def test_a_crash_after_a_port_clash_is_no_clash(instead, taken_first, tmp_path):
+    """One log holds the words of both starts: those of the first say nothing of the second."""
+    words = {True: "OSError: [Errno 98] Address already in use", False: "CUDA out of memory"}
+    instead(lambda port: [sys.executable, "-c", f"raise SystemExit({words[port == taken_first]!r})"])
+    with pytest.raises(UserError, match="(?s)code 1 before it was ready.*CUDA out of memory"), start(tmp_path / "server.log"):
+        pass
+
+
 def test_the_health_of_another_server_is_not_ours(instead, taken_first, tmp_path):
     """Ours never comes as far as to listen; the other one answers /health on its port."""
     instead(lambda port: [sys.executable, "-c", "import time; time.sleep(60)"] if port == taken_first else fake(port))
