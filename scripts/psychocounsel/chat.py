@@ -20,7 +20,7 @@ from pathlib import Path
 
 from psychocounsel.batch import Calls, ask_in_batches, batches_of, refuse_under_way
 from psychocounsel.budget import OutOfBudget, Purse
-from psychocounsel.endpoints import Endpoint, read_endpoint
+from psychocounsel.endpoints import Endpoint, is_snapshot, read_endpoint
 from psychocounsel.errors import UserError
 from psychocounsel.journal import Journal, add_tokens, peek
 from psychocounsel.line import Call, Line, PassingFault, RefusedRequest, characters, judge, send_all
@@ -28,6 +28,8 @@ from psychocounsel.models import ModelSpec
 from psychocounsel.pricing import cost, expected_cost, expected_tokens, read_price, usages
 from psychocounsel.records import canonical_json, content_hash, file_sha256, refuse_removed
 from psychocounsel.serving import name_at_server, transformers_options, while_served
+
+ENOUGH_FAILURES = 100  # so many, and more than are allowed, and the rest is not paid for: the run can only fail
 
 log = logging.getLogger("psychocounsel")
 
@@ -133,21 +135,24 @@ def complete(
 
     if endpoint.kind == "local":
         outcomes = {keys[request.id]: answer_offline(spec, request, check) for request in requests}
-        answered, outcome = outcomes, outcomes.__getitem__
+        answered, failed, outcome = outcomes, {}, outcomes.__getitem__
     else:
         with Journal(Path(journal), keys.values()) as kept:
             totals["from_journal"] = sum(key in kept for key in kept.answers)
             log.info("%s: %d requests, %d answered in the journal", spec.name, len(kept.answers), totals["from_journal"])
             folder, money = Path(weights).parent if weights else None, partial(purse, spec, endpoint, price, ledger, budget)
+            left, allowed = lambda: map(call, unanswered(requests, keys, kept)), max_failed_share * len(requests)
             try:
-                ask_all(spec, endpoint, folder, gpus, lambda: map(call, unanswered(requests, keys, kept)), kept, attempts, money)
+                ask_all(spec, endpoint, folder, gpus, left, kept, attempts, allowed, money)
             except OutOfBudget as fault:
-                left = sum(key not in kept for key in kept.answers)
+                unasked = sum(key not in kept for key in kept.answers)
                 raise UserError(
-                    f"{spec.name}: {fault} {left:,} of {len(kept.answers):,} requests are left to ask. What was answered is kept: to go on,"
+                    f"{spec.name}: {fault} {unasked:,} of {len(kept.answers):,} requests are left to ask. What was answered is kept: to go on,"
                     " raise `budget` in the config and run again."
                 ) from None
-        answered, outcome = kept, kept.outcome
+            except TooManyFailures:
+                log.info("%s: too many requests fail; the others are not asked", spec.name)
+        answered, failed, outcome = kept, kept.failures, kept.outcome
         totals |= kept.spent
 
     def answer(request_id: str) -> ChatAnswer:
@@ -159,8 +164,8 @@ def complete(
         return ChatFailure(request_id, found["key"], found["reason"], found["raw"])
 
     answers = Lazy([request_id for request_id, key in keys.items() if key in answered], answer)
-    failures = Lazy([request_id for request_id, key in keys.items() if key not in answered], failure)
-    refuse_too_many(spec, failures, len(requests), max_failed_share, journal)
+    failures = Lazy([request_id for request_id, key in keys.items() if key in failed], failure)
+    refuse_too_many(spec, failures, len(requests), len(requests) - len(answers) - len(failures), max_failed_share, journal)
     if endpoint.remote:
         warn_of_other_model(spec, kept.served_models)
     return answers, failures, totals | {"failed": len(failures), "cost": cost(price, totals)}
@@ -248,10 +253,25 @@ def common_body(spec: ModelSpec, endpoint: Endpoint, folder: Path | None) -> dic
 # Asking -------------------------------------------------------------------------------------------------------------------------------
 
 
+class TooManyFailures(Exception):
+    """The run can only fail."""
+
+
 def ask_all(
-    spec: ModelSpec, endpoint: Endpoint, folder: Path | None, gpus: int, left: Calls, kept: Journal, attempts: int, money: Callable
+    spec: ModelSpec,
+    endpoint: Endpoint,
+    folder: Path | None,
+    gpus: int,
+    left: Calls,
+    kept: Journal,
+    attempts: int,
+    allowed: float,
+    money: Callable,
 ) -> None:
-    """Ask every call that is left and journal each outcome as it comes; without calls no server is started."""
+    """Ask every call that is left and journal each outcome as it comes; without calls no server is started.
+
+    Raise TooManyFailures where ENOUGH_FAILURES, and more than are allowed, have failed for good. Batches are paid when they are sent.
+    """
     if next(iter(left()), None) is None:
         return
     if folder:
@@ -263,12 +283,14 @@ def ask_all(
         return
     refuse_under_way(left, kept.path)
     ask = partial(ask_until_usable, attempts=attempts, with_seed=endpoint.server != "transformers")
-    asked, total = count(1), sum(key not in kept for key in kept.answers)
+    asked, failed, total = count(1), count(1), sum(key not in kept for key in kept.answers)
 
     def keep(outcome: dict) -> None:
         kept.add(outcome)
         if (number := next(asked)) % max(1, total // 20) == 0:
             log.info("%s: %d of %d asked", spec.name, number, total)
+        if outcome["answer"] is None and next(failed) > max(allowed, ENOUGH_FAILURES - 1):
+            raise TooManyFailures
 
     def send(base_url: str) -> None:
         with money(kept.path) as purse:
@@ -345,19 +367,22 @@ def answer_offline(spec: ModelSpec, request: ChatRequest, check: Callable) -> di
 # Complaints ---------------------------------------------------------------------------------------------------------------------------
 
 
-def refuse_too_many(spec: ModelSpec, failures: Collection[ChatFailure], requests: int, max_share: float, journal: Path | str) -> None:
+def refuse_too_many(
+    spec: ModelSpec, failures: Collection[ChatFailure], requests: int, unasked: int, max_share: float, journal: Path | str
+) -> None:
     """Raise UserError where more than `max_share` of the requests failed; what the reasons quote stays in the journal."""
     if len(failures) > max_share * requests:
         reasons = Counter(failure.reason.split(":")[0] for failure in failures)
         listed = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
         raise UserError(
             f"{spec.name}: {len(failures)} of {requests} requests have no usable answer, more than max_failed_share = {max_share:g} allows:"
-            f" {listed}. Their texts are in {journal}. Run again: the answers are kept, the failures are asked again."
+            f" {listed}. Their texts are in {journal}.{f' {unasked:,} requests were not asked any more.' if unasked else ''}"
+            " Run again: the answers are kept, the failures are asked again."
         )
 
 
 def warn_of_other_model(spec: ModelSpec, served_models: set[str]) -> None:
     """Log one warning where an endpoint names another model than was asked for."""
-    others = {served_model for served_model in served_models if not served_model.startswith(spec.id)}
+    others = {served_model for served_model in served_models if not is_snapshot(served_model, spec.id)}
     if others:
         log.warning("%s: asked for %s, the endpoint says that it was answered by %s", spec.name, spec.id, ", ".join(sorted(others)))

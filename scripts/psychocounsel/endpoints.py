@@ -1,11 +1,12 @@
 """Endpoints: where models are asked and how fast. Facts of a site and an account, part of no result's identity."""
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from psychocounsel.errors import UserError, nearest
 
@@ -32,15 +33,23 @@ class Endpoint(BaseModel):
     kind: Literal["openai", "batch", "serve", "local"]
     base_url: str | None = None
     api_key_env: str | None = None
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrency: int = 1
-    timeout_s: float | None = None
-    max_retries: int = 0
+    requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
+    concurrency: int = Field(1, ge=1)
+    timeout_s: float | None = Field(None, gt=0)
+    max_retries: int = Field(0, ge=0)
     server: Literal["vllm", "transformers"] | None = None
     server_args: list[str] = []
     start_timeout_s: float | None = None
     batch: BatchLimits = BatchLimits()
+
+    @model_validator(mode="after")
+    def complete(self) -> "Endpoint":
+        """Raise ValueError where the kind needs what is not there; without an address the openai package would use its own."""
+        needed = {"serve": ("server", "start_timeout_s"), "local": ()}.get(self.kind, ("base_url",))
+        if missing := [name for name in needed if getattr(self, name) is None]:
+            raise ValueError(f"the kind {self.kind} needs {' and '.join(missing)}")
+        return self
 
     @property
     def remote(self) -> bool:
@@ -62,6 +71,11 @@ def is_remote(kind: str) -> bool:
     return kind in ("openai", "batch")
 
 
+def is_snapshot(served_model: str, model: str) -> bool:
+    """Whether an endpoint's name of what answered is that of a model, or of a dated snapshot of it; gpt-4o-mini is none of gpt-4o."""
+    return re.fullmatch(rf"{re.escape(model)}(-\d+)*", served_model) is not None
+
+
 def read_endpoint(path: Path, name: str | None) -> Endpoint:
     """Return one endpoint of a file; raise UserError where it is missing or wrong."""
     try:
@@ -73,5 +87,5 @@ def read_endpoint(path: Path, name: str | None) -> Endpoint:
     try:
         return Endpoint.model_validate(entries[name])
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_url=False))
-        raise UserError(f"{path}: {name}: {faults}") from None
+        faults = (": ".join(filter(None, (".".join(map(str, f["loc"])), f["msg"]))) for f in error.errors(include_url=False))
+        raise UserError(f"{path}: {name}: {'; '.join(faults)}") from None

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from psychocounsel.config import load_registry
-from psychocounsel.endpoints import is_remote
+from psychocounsel.endpoints import is_remote, is_snapshot
 
 CODE_VERSION = 1  # no result depends on what it cost
 
@@ -52,7 +52,7 @@ def list_price(price: dict, tokens: dict) -> float:
 def usages(answers: Iterable[dict], model: str, endpoint: str) -> list[dict]:
     """Return the usage of a journal's answers; of a remote endpoint only that of the model with this id: another's answers differ."""
     remote = is_remote(endpoint)  # our own servers name a model by its place
-    of_model = (answer for answer in answers if not remote or (answer["served_model"] or model).startswith(model))
+    of_model = (answer for answer in answers if not remote or is_snapshot(answer["served_model"] or model, model))
     return [answer["usage"] for answer in of_model if answer["usage"]]
 
 

@@ -323,6 +323,24 @@ def test_more_failures_than_the_share_fail_the_program(tmp_path, bad, share, fai
     assert len(peek(tmp_path / "journal.jsonl")) == 10 - bad, "what was answered is kept"
 
 
+def test_a_run_that_can_only_fail_is_not_paid_to_its_end(tmp_path, monkeypatch):
+    """A judge that never keeps to the format: the run ends at so many failures, and the next one goes on where it ended."""
+    monkeypatch.setattr(chat, "ENOUGH_FAILURES", 10)
+    with FakeServer(lambda body, nth: Reply("mumble")) as server:
+        with pytest.raises(UserError, match=r"1\d of 300 requests.*too short \(1\d\).*28\d requests were not asked any more"):
+            ask(tmp_path, server, requests(300), check=long_enough)
+        assert 10 * 3 <= len(server.requests) <= (10 + 8) * 3
+        server.script = echo
+        assert len(ask(tmp_path, server, requests(300), check=long_enough)[0]) == 300, "failures of an earlier run end no other"
+
+
+def test_as_many_failures_as_are_allowed_end_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "ENOUGH_FAILURES", 10)
+    with FakeServer(lambda body, nth: error(400) if int(body["messages"][-1]["content"].split()[-1]) < 30 else echo(body, nth)) as server:
+        answers, failures, _ = ask(tmp_path, server, requests(60), max_failed_share=0.5)
+    assert (len(answers), len(failures)) == (30, 30)
+
+
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
@@ -359,13 +377,24 @@ def test_another_model_than_asked_for_is_recorded_and_warned_of_once(tmp_path, c
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
 
 
-def test_a_dated_snapshot_of_the_model_is_no_other_model(tmp_path, caplog):
-    with (
-        FakeServer(lambda body, nth: Reply("ok", model="org/model-2024-08-06")) as server,
-        caplog.at_level(logging.WARNING, "psychocounsel"),
-    ):
+@pytest.mark.parametrize(
+    ("served", "other"),
+    [
+        ("org/model", False),
+        ("org/model-2024-08-06", False),
+        ("org/model-0613", False),
+        ("org/model-08-2024", False),
+        ("org/model-mini", True),
+        ("org/model-mini-2024-07-18", True),
+        ("org/model.1", True),
+        ("org/model2", True),
+        ("org/mode", True),
+    ],
+)
+def test_a_dated_snapshot_of_the_model_is_no_other_model(tmp_path, caplog, served, other):
+    with FakeServer(lambda body, nth: Reply("ok", model=served)) as server, caplog.at_level(logging.WARNING, "psychocounsel"):
         ask(tmp_path, server, requests(1))
-    assert caplog.records == []
+    assert ("the endpoint says that it was answered by" in caplog.text) == other
 
 
 def test_no_words_of_clients_and_no_key_reach_the_log(tmp_path, caplog):
@@ -419,7 +448,7 @@ def wait_for(condition, seconds: float = 15) -> None:
 
 
 def key_of(spec: ModelSpec, request: ChatRequest, kind: str = "openai", weights: Path | None = None, schema: dict | None = None) -> str:
-    identity = chat.model_identity(spec, Endpoint(kind=kind), weights)
+    identity = chat.model_identity(spec, Endpoint(kind=kind, base_url="http://x/v1", server="vllm", start_timeout_s=1), weights)
     return chat.request_key(identity, spec, request, chat.response_format(spec, schema))
 
 
@@ -497,6 +526,25 @@ def test_an_unknown_endpoint_or_key_is_named(tmp_path):
         read_endpoint(path, "openai")
     with pytest.raises(UserError, match="Did you mean 'openai'"):
         read_endpoint(path, "opnai")
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("{kind: openai}", "openai: .*base_url"),
+        ("{kind: batch, base_url: null}", "openai: .*base_url"),
+        ("{kind: serve, start_timeout_s: 5}", "openai: .*server"),
+        ("{kind: serve, server: vllm}", "openai: .*start_timeout_s"),
+        ("{kind: openai, base_url: http://x/v1, concurrency: 0}", "openai: concurrency: "),
+        ("{kind: openai, base_url: http://x/v1, requests_per_minute: 0}", "openai: requests_per_minute: "),
+    ],
+)
+def test_an_endpoint_that_cannot_be_asked_is_refused(tmp_path, entry, says):
+    """Programs run by hand, too: without an address the openai package would send everything to its own."""
+    path = tmp_path / "endpoints.yaml"
+    path.write_text(f"openai: {entry}")
+    with pytest.raises(UserError, match=says):
+        read_endpoint(path, "openai")
 
 
 def test_the_rubric_answers_offline(tmp_path):

@@ -73,7 +73,7 @@ def test_tokens_are_expected_as_they_were_seen_or_at_their_most():
 
 
 def test_another_models_answers_tell_nothing_of_a_paid_one():
-    answers = [{"usage": {"n": n}, "served_model": name} for n, name in enumerate(["a-2024", "b-2024", None])] + [
+    answers = [{"usage": {"n": n}, "served_model": name} for n, name in enumerate(["a-2024", "a-mini-2024", None])] + [
         {"usage": None, "served_model": "a"}
     ]
     assert usages(answers, "a", "openai") == [{"n": 0}, {"n": 2}]
