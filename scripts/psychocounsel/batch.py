@@ -31,7 +31,18 @@ from psychocounsel.budget import Purse
 from psychocounsel.endpoints import Endpoint
 from psychocounsel.errors import UserError
 from psychocounsel.journal import Journal, add_tokens, sync_folder
-from psychocounsel.line import KEPT, Call, PassingFault, RefusedRequest, characters, judge, pause, read_completion, read_usage, status_reason
+from psychocounsel.line import (
+    KEPT,
+    Call,
+    PassingFault,
+    RefusedRequest,
+    characters,
+    judge,
+    pause,
+    read_completion,
+    read_usage,
+    status_reason,
+)
 from psychocounsel.pricing import CHARACTERS_PER_TOKEN
 
 CODE_VERSION = 1  # counts in code fingerprints instead of this module's text: it carries what chat.py asks

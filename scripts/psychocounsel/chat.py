@@ -147,8 +147,8 @@ def complete(
             except OutOfBudget as fault:
                 unasked = sum(key not in kept for key in kept.answers)
                 raise UserError(
-                    f"{spec.name}: {fault} {unasked:,} of {len(kept.answers):,} requests are left to ask. What was answered is kept: to go on,"
-                    " raise `budget` in the config and run again."
+                    f"{spec.name}: {fault} {unasked:,} of {len(kept.answers):,} requests are left to ask. What was answered is kept: to go"
+                    " on, raise `budget` in the config and run again."
                 ) from None
             except TooManyFailures:
                 log.info("%s: too many requests fail; the others are not asked", spec.name)

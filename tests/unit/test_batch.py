@@ -40,7 +40,7 @@ def requests(count: int, **changes) -> list[ChatRequest]:
 
 
 def ask(folder: Path, url: str, asked: list[ChatRequest], limits: dict | None = None, kind: str = "batch", retries: int = 2, **options):
-    entry = {"kind": kind, "base_url": url, "api_key_env": "FAKE_KEY", "concurrency": 8, "timeout_s": 5, "max_retries": retries}
+    entry = {"kind": kind, "base_url": url, "api_key_env": "FAKE_KEY", "concurrency": 8, "timeout_s": 60, "max_retries": retries}
     (folder / "endpoints.yaml").write_text(yaml.safe_dump({"fake": entry | {"batch": {"poll_s": 0.01, **(limits or {})}}}))
     spec = ModelSpec(name="therapist", id="org/model", endpoint="fake", sampling={"temperature": 0.5, "max_tokens": 8})
     return complete(spec, asked, endpoints=folder / "endpoints.yaml", journal=folder / "journal.jsonl", **options)
@@ -94,7 +94,7 @@ def test_a_batch_sends_what_a_direct_request_sends(tmp_path):
     with FakeBatches() as batches, FakeServer() as direct:
         for kind, server in (("batch", batches), ("openai", direct)):
             (tmp_path / kind).mkdir()
-            entry = {"kind": kind, "base_url": server.url, "timeout_s": 5, "batch": {"poll_s": 0.01}}
+            entry = {"kind": kind, "base_url": server.url, "timeout_s": 60, "batch": {"poll_s": 0.01}}
             (tmp_path / kind / "e.yaml").write_text(yaml.safe_dump({"fake": entry}))
             answers, _, _ = complete(spec, asked, endpoints=tmp_path / kind / "e.yaml", journal=tmp_path / kind / "j.jsonl")
             bodies[kind] = [answer.request_key for answer in answers]

@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 def generate(folder: Path, server: FakeServer | None, *more: str, how=run_program, **settings) -> subprocess.CompletedProcess:
     url = server.url if server else "http://127.0.0.1:1/v1"
-    entry = {"kind": "openai", "base_url": url, "api_key_env": None, "concurrency": 4, "timeout_s": 5, "max_retries": 0}
+    entry = {"kind": "openai", "base_url": url, "api_key_env": None, "concurrency": 4, "timeout_s": 60, "max_retries": 0}
     (folder / "endpoints.yaml").write_text(yaml.safe_dump({"fake": entry}))
     settings = orjson.dumps({"model": MODEL, "prompt": PROMPT, "seed": 1, **settings}).decode()
     words = ["--speeches", "speeches.jsonl", "--endpoints", "endpoints.yaml", "--journal", "journal.jsonl"]

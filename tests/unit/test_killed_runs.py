@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import orjson
+import psutil
 import pytest
 import yaml
 from fakes.openai_server import FakeServer, Reply
@@ -86,10 +87,10 @@ class Job:
 
 
 def settle(server: FakeServer) -> None:
-    """Wait until a killed client's last requests have reached the server."""
-    before = None
-    while before != (before := len(server.requests)) or server.in_flight:
-        time.sleep(0.05)
+    """Wait until the server has read all that a killed client sent, and closed its side of every connection."""
+    port = int(server.url.split(":")[2].split("/")[0])
+    open_ones = (psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT)
+    wait_for(lambda: not any(c.laddr.port == port and c.status in open_ones for c in psutil.net_connections("tcp")))
 
 
 def write_inputs(folder: Path) -> None:

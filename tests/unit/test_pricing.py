@@ -36,7 +36,7 @@ def server(tmp_path, monkeypatch):
     """A fake server, and files of its address and of its model's price in the test's folder."""
     monkeypatch.setenv(KEY, "sk-x")
     with FakeServer(echo) as fake:
-        entry = {"kind": "openai", "base_url": fake.url, "api_key_env": KEY, "concurrency": 2, "timeout_s": 5, "max_retries": 0}
+        entry = {"kind": "openai", "base_url": fake.url, "api_key_env": KEY, "concurrency": 2, "timeout_s": 60, "max_retries": 0}
         (tmp_path / "endpoints.yaml").write_text(yaml.safe_dump({"fake": entry}))
         (tmp_path / "models.yaml").write_text(yaml.safe_dump({"therapist": MODEL}))
         yield fake

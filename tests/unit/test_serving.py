@@ -33,7 +33,7 @@ def model(**changes) -> ModelSpec:
 
 
 def endpoint(server: str = "transformers", **changes) -> Endpoint:
-    return Endpoint(**{"kind": "serve", "server": server, "start_timeout_s": 10, **changes})
+    return Endpoint(**{"kind": "serve", "server": server, "start_timeout_s": 60, **changes})
 
 
 @pytest.fixture
@@ -140,10 +140,12 @@ def test_a_server_that_crashes_shows_the_end_of_its_log(instead, tmp_path):
         pass
 
 
-def test_a_server_that_is_never_ready_is_given_up(instead, tmp_path):
-    instead("import time; print('loading', flush=True); time.sleep(60)")
-    slow = endpoint(start_timeout_s=1)
-    with pytest.raises(UserError, match="(?s)start_timeout_s = 1 s.*loading"), start(tmp_path / "server.log", at=slow):
+def test_a_server_that_is_never_ready_is_given_up(instead, monkeypatch, tmp_path):
+    log = tmp_path / "server.log"
+    instead("import time; print('loading', flush=True); time.sleep(600)")
+    monkeypatch.setattr(serving, "listening", lambda port: wait_for(lambda: "\nloading" in log.read_text()))
+    slow = endpoint(start_timeout_s=0.5)
+    with pytest.raises(UserError, match="(?s)start_timeout_s = 0.5 s.*loading"), start(log, at=slow):
         pass
 
 
@@ -181,7 +183,7 @@ def test_whatever_ends_the_job_ends_the_server_and_its_workers(tmp_path, end):
         worker = int(log.read_text().splitlines()[-1])
         assert is_alive(worker)
         job.send_signal(end)
-        assert job.wait(20) == {signal.SIGTERM: 143, signal.SIGINT: -signal.SIGINT, signal.SIGKILL: -signal.SIGKILL}[end]
+        assert job.wait(60) == {signal.SIGTERM: 143, signal.SIGINT: -signal.SIGINT, signal.SIGKILL: -signal.SIGKILL}[end]
     wait_for(lambda: not listening(port_of(address)) and not is_alive(worker))
 
 
@@ -242,12 +244,13 @@ def test_a_port_is_not_shared(instead, monkeypatch, tmp_path):
         shared = other.getsockname()[1]
         ports = iter([shared, free_port()])
         monkeypatch.setattr(serving, "free_port", lambda: next(ports))
-        instead(lambda port: [sys.executable, "-c", SHARING, str(port)])
-        log = tmp_path / "server.log"
+        log, listens = tmp_path / "server.log", tmp_path / "the other one listens"
+        instead(lambda port: [sys.executable, "-c", SHARING, str(port), str(listens)])
 
         def listen_later() -> None:
             wait_for(lambda: f"up at {shared}" in log.read_text())
             other.listen()
+            listens.touch()
 
         thread = threading.Thread(target=listen_later)
         thread.start()
@@ -256,18 +259,17 @@ def test_a_port_is_not_shared(instead, monkeypatch, tmp_path):
         thread.join()
 
 
-# Listens on its port whoever else does, and is healthy two seconds later.
+# Listens on its port whoever else does, and is healthy when a file is there.
 SHARING = """
-import socket, sys, time
+import os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Health(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if time.monotonic() > started + 2 else 503)
+        self.send_response(200 if os.path.exists(sys.argv[2]) else 503)
         self.end_headers()
 class Sharing(HTTPServer):
     allow_reuse_port = True
 server = Sharing(("127.0.0.1", int(sys.argv[1])), Health)
-started = time.monotonic()
 print("up at", sys.argv[1], flush=True)
 server.serve_forever()
 """
@@ -285,7 +287,7 @@ def test_ports_that_are_all_taken_are_an_error(instead, monkeypatch, tmp_path):
 def ask(tmp_path: Path, requests: int, spec: ModelSpec | None = None, journal: str = "j.jsonl", **entry):
     """Ask so many questions; returns answers in their order."""
     endpoints = tmp_path / "endpoints.yaml"
-    entry = {"kind": "serve", "server": "vllm", "start_timeout_s": 10, "concurrency": 2, "max_retries": 1, **entry}
+    entry = {"kind": "serve", "server": "vllm", "start_timeout_s": 60, "concurrency": 2, "max_retries": 1, **entry}
     endpoints.write_text(yaml.safe_dump({"fake": entry}))
     asked = [ChatRequest(f"r{i}", [{"role": "user", "content": f"question {i}"}]) for i in range(requests)]
     return list(complete(spec or model(), asked, endpoints=endpoints, journal=tmp_path / journal)[0])
