@@ -97,7 +97,7 @@ def run(client: str, url: str, requests: int, in_flight: int, *more: str) -> dic
         str(in_flight),
         *more,
     ]
-    with subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         lines = [line for line in process.stdout if line.startswith("{") or print(line, end="", flush=True)]
     if process.returncode:
         raise SystemExit(f"{CLIENTS[client]} failed")

@@ -86,7 +86,9 @@ def spent(folder: Path) -> float:
 @given(
     budget=st.floats(0.3, 2),
     steps=st.lists(
-        st.tuples(st.integers(0, 1), st.integers(5, 400), st.sampled_from([0, 0.5, 1]), st.sampled_from(["answer", "keep", "keep", "kill"])),
+        st.tuples(
+            st.integers(0, 1), st.integers(5, 400), st.sampled_from([0, 0.5, 1]), st.sampled_from(["answer", "keep", "keep", "kill"])
+        ),
         min_size=10,
         max_size=30,
     ),

@@ -1,11 +1,8 @@
 """The chat client against a server that fails by script: what is asked, how often, and what is kept."""
 
-import asyncio
 import logging
-import statistics
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 import weakref
@@ -16,16 +13,13 @@ import orjson
 import pytest
 import yaml
 from fakes.openai_server import FakeServer, Reply, echo, error
-from hypothesis import given
-from hypothesis import strategies as st
 
 from psychocounsel import chat, line
 from psychocounsel.chat import ChatRequest, Lazy, complete
-from psychocounsel.endpoints import Endpoint, read_endpoint
+from psychocounsel.endpoints import Endpoint
 from psychocounsel.errors import UserError
 from psychocounsel.journal import peek, rendered
 from psychocounsel.models import ModelSpec
-from psychocounsel.records import write_manifest
 
 KEY = "sk-very-secret"
 
@@ -63,6 +57,11 @@ def ask(folder: Path, server: FakeServer, asked: list[ChatRequest], spec: ModelS
 def long_enough(request: ChatRequest, text: str) -> None:
     if "You said" not in text:
         raise ValueError("too short")
+
+
+def key_of(spec: ModelSpec, request: ChatRequest, kind: str = "openai", weights: Path | None = None, schema: dict | None = None) -> str:
+    identity = chat.model_identity(spec, Endpoint(kind=kind, base_url="http://x/v1", server="vllm", start_timeout_s=1), weights)
+    return chat.request_key(identity, spec, request, chat.response_format(spec, schema))
 
 
 # What is asked ------------------------------------------------------------------------------------------------------------------------
@@ -125,115 +124,6 @@ def test_only_openai_gets_the_new_name_of_max_tokens():
 
     assert sent("https://api.openai.com/v1")["max_completion_tokens"] == 8
     assert sent("http://other/v1")["max_tokens"] == 8
-
-
-def test_as_many_requests_in_flight_as_allowed_and_no_more(tmp_path):
-    three = threading.Barrier(3)  # none is answered before three are there
-
-    def script(body, nth):
-        three.wait(60)
-        return Reply("ok")
-
-    with FakeServer(script) as server:
-        ask(tmp_path, server, requests(21), limits={"concurrency": 3})
-    assert server.most_in_flight == 3
-
-
-def test_requests_per_minute_pace_the_requests(tmp_path):
-    with FakeServer() as server:
-        started = time.monotonic()
-        ask(tmp_path, server, requests(10), limits={"requests_per_minute": 300})  # 5 at once, then 5 a second
-    assert server.times[9] - started > 0.95
-
-
-def test_tokens_per_minute_pace_the_requests(tmp_path):
-    with FakeServer() as server:  # each request: 11 characters, so 3 tokens, and 8 of the answer: 11; 1,320 a minute are 22 a second
-        started = time.monotonic()
-        ask(tmp_path, server, requests(4), limits={"tokens_per_minute": 1320})
-    assert server.times[3] - started > 0.8
-
-
-def test_what_is_sent_again_waits_for_the_limits_too(tmp_path):
-    with FakeServer(lambda body, nth: error(500) if nth < 7 else echo(body, nth)) as server:
-        started = time.monotonic()
-        ask(tmp_path, server, requests(1), limits={"requests_per_minute": 300})
-    assert server.times[7] - started > 0.55
-
-
-def test_the_first_of_a_group_goes_ahead_and_the_others_follow_together(tmp_path):
-    """Seven questions on each of ten speeches: six of them find the cache that the first one filled."""
-    asked = [ChatRequest(f"{s}/{p}", [{"role": "user", "content": f"speech{s} {p}"}], group=str(s)) for s in range(10) for p in range(7)]
-    with FakeServer(lambda body, nth: Reply("ok", delay=0.03)) as server:
-        ask(tmp_path, server, asked, limits={"concurrency": 4})
-    arrived = [body["messages"][-1]["content"] for body in server.requests]
-    assert len(arrived) == 70
-    spans = []
-    for speech in range(10):
-        places = [place for place, text in enumerate(arrived) if text.startswith(f"speech{speech} ")]
-        assert arrived[places[0]] == f"speech{speech} 0"
-        first, second = (server.times[place] for place in places[:2])
-        assert second - first >= 0.03, "not before the first one is answered"
-        spans.append(places[-1] - places[1])
-    assert statistics.median(spans) <= 5 + 2 * 4, "close together: between them stands what was under way, or freed with them"
-
-
-def test_what_a_first_one_frees_goes_next():
-    async def order() -> list[str]:
-        calls = [line.Call(f"{s}{p}", [], {}, s if s != "-" else None, len) for s, p in ("a1", "a2", "a3", "b1", "b2", "-1", "c1", "c2")]
-        queue, taken = line.Queue(calls), []
-
-        async def take(count: int) -> list[line.Call]:
-            new = [await queue.take() for _ in range(count)]
-            taken.extend(call.key for call in new)
-            return new
-
-        a, b = await take(2)
-        queue.answered(b)
-        await take(1)
-        queue.answered(a)
-        _, _, _, c = await take(4)
-        waiting = asyncio.create_task(take(1))
-        await asyncio.sleep(0)
-        assert not waiting.done(), "c2 waits for c1"
-        queue.answered(c)
-        await waiting
-        assert await queue.take() is None
-        return taken
-
-    assert asyncio.run(order()) == ["a1", "b1", "b2", "a2", "a3", "-1", "c1", "c2"]
-
-
-def test_a_low_limit_does_not_drive_a_group_apart(monkeypatch):
-    """With a limit that lets one through when nothing is under way, an answered first one's others come before new groups."""
-    sent, flying = [], set()
-
-    class Limit:
-        max_rate = 1
-
-        async def acquire(self, amount: float) -> None:
-            while flying:
-                await asyncio.sleep(0)
-
-    async def answer(_: line.Line, call: line.Call) -> dict:
-        sent.append(call.key)
-        flying.add(call.key)
-        await asyncio.sleep(0)
-        flying.remove(call.key)
-        return {}
-
-    monkeypatch.setattr(line, "limiter", lambda per_minute: per_minute and Limit())
-    endpoint = Endpoint(kind="openai", base_url="http://x/v1", concurrency=16, requests_per_minute=1)
-    calls = [line.Call(f"{s}{p}", [], {}, s, len) for s in "abcd" for p in range(3)]
-    asyncio.run(line.send_all(endpoint, endpoint.base_url, "none", {}, calls, answer, lambda outcome: None, None))
-    assert " ".join(sent) == "a0 b0 a1 a2 b1 b2 c0 d0 c1 c2 d1 d2", "of new groups one, which was next while the first was under way"
-
-
-def test_groups_of_one_worker_and_groups_that_fail_go_on(tmp_path):
-    asked = [ChatRequest(f"{s}/{p}", [{"role": "user", "content": f"speech{s} {p}"}], group=str(s)) for s in range(3) for p in range(3)]
-    with FakeServer(lambda body, nth: error(400) if body["messages"][-1]["content"].endswith(" 0") else Reply("ok")) as server:
-        answers, failures, _ = ask(tmp_path, server, asked, limits={"concurrency": 1}, max_failed_share=0.4)
-    assert [body["messages"][-1]["content"] for body in server.requests] == [f"speech{s} {p}" for s in range(3) for p in range(3)]
-    assert (len(answers), len(failures)) == (6, 3)
 
 
 def test_requests_are_built_on_the_way(tmp_path):
@@ -470,107 +360,7 @@ def wait_for(condition, seconds: float = 60) -> None:
     raise TimeoutError
 
 
-# Identity -----------------------------------------------------------------------------------------------------------------------------
-
-
-def key_of(spec: ModelSpec, request: ChatRequest, kind: str = "openai", weights: Path | None = None, schema: dict | None = None) -> str:
-    identity = chat.model_identity(spec, Endpoint(kind=kind, base_url="http://x/v1", server="vllm", start_timeout_s=1), weights)
-    return chat.request_key(identity, spec, request, chat.response_format(spec, schema))
-
-
-def test_everything_that_determines_an_answer_changes_the_key():
-    request, spec = requests(1, seed=1)[0], model(structured_output="json_schema", serve={})
-    keys = [
-        key_of(spec, request),
-        key_of(spec, request, kind="serve"),
-        key_of(model(structured_output="json_schema", serve={"dtype": "float32"}), request, kind="serve"),
-        key_of(model(id="org/other"), request),
-        key_of(model(revision="abc"), request),
-        key_of(model(sampling={"max_tokens": 9}), request),
-        key_of(model(sampling={"max_tokens": 8, "temperature": 0.0}), request),
-        key_of(model(chat_template_kwargs={"a": 1}), request),
-        key_of(spec, request, schema={"type": "object"}),
-        key_of(spec, ChatRequest("r0", request.messages, seed=2)),
-        key_of(spec, ChatRequest("r0", request.messages, seed=1, repeat=1)),
-        key_of(spec, ChatRequest("r0", [{"role": "system", "content": "x"}, *request.messages], seed=1)),
-    ]
-    assert len(set(keys)) == len(keys)
-
-
-def test_keys_are_those_of_earlier_versions():
-    """Whoever has paid for answers under these keys must find them again: a change here voids every journal."""
-    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I feel ÷ sad."}]
-    judge = {"name": "judge", "id": "gpt-4o-2024-08-06", "instruction": "x", "sampling": {"temperature": 0.0, "max_tokens": 1024}}
-    judge = ModelSpec(endpoint="openai", structured_output="json_schema", **judge)
-    asked = ChatRequest("a", messages, seed=7, group="no part of it")
-    assert key_of(judge, asked, schema={"type": "object"}) == "79f81d1a8a1b08da794fe466a9e1290ba4b5f582ec22f175edd715f86a53e4f9"
-    served = {"id": "meta-llama/Llama-3.1-8B-Instruct", "revision": "abc", "serve": {"dtype": "bfloat16", "max_model_len": 8192}}
-    served |= {"sampling": {"temperature": 0.7, "top_p": 0.95, "max_tokens": 512}, "chat_template_kwargs": {"date_string": "26 Jul 2024"}}
-    again = ChatRequest("a", messages, seed=7, repeat=1)
-    by_default = key_of(model(**served | {"serve": {}}), again, kind="serve")
-    assert by_default == "fc17d0aa91200cf681d80c3835427a208f807fd3a2b6e222a27e2fb174435f96"
-    assert key_of(model(**served), again, kind="serve") == "b5dda117856f8543c7c5c5e6e06c9c7a85592f2bae3097fd88bca46591ba0eec"
-
-
-def test_names_and_addresses_do_not_change_the_key(tmp_path):
-    request = requests(1)[0]
-    assert key_of(model(name="other", endpoint="elsewhere", instruction="shown in the messages"), request) == key_of(model(), request)
-    assert key_of(model(), ChatRequest("another id", request.messages, task={"kind": "rate"})) == key_of(model(), request)
-    assert key_of(model(serve={"chat_template": "{{ messages }}"}), request, "serve") != key_of(model(serve={}), request, "serve")
-
-
-def test_local_weights_stand_for_themselves(tmp_path):
-    request, manifests = requests(1)[0], []
-    for name, content in (("a", "1"), ("b", "1"), ("c", "2")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_text(content)
-        manifests.append(write_manifest(tmp_path / name))
-    same, also, other = (key_of(model(), request, "serve", manifest) for manifest in manifests)
-    assert same == also != other
-    assert key_of(model(id="renamed", revision="x"), request, "serve", manifests[0]) == same
-
-
-@given(st.text(), st.integers(0, 3), st.one_of(st.none(), st.integers(0, 2**28)))
-def test_the_key_is_a_function_of_its_parts(text, repeat, seed):
-    asked = [ChatRequest(name, [{"role": "user", "content": text}], repeat=repeat, seed=seed) for name in "ab"]
-    assert key_of(model(), asked[0]) == key_of(model(), asked[1])
-
-
-# Endpoints and the offline judge ------------------------------------------------------------------------------------------------------
-
-
-def test_the_endpoints_of_the_project_can_be_read():
-    path = Path("config/endpoints.yaml")
-    for name in yaml.safe_load(path.read_text()):
-        read_endpoint(path, name)
-
-
-def test_an_unknown_endpoint_or_key_is_named(tmp_path):
-    path = tmp_path / "endpoints.yaml"
-    path.write_text("openai: {kind: openai, base_url: http://x/v1, requests_per_minut: 3}")
-    with pytest.raises(UserError, match="requests_per_minut"):
-        read_endpoint(path, "openai")
-    with pytest.raises(UserError, match="Did you mean 'openai'"):
-        read_endpoint(path, "opnai")
-
-
-@pytest.mark.parametrize(
-    ("entry", "says"),
-    [
-        ("{kind: openai}", "openai: .*base_url"),
-        ("{kind: batch, base_url: null}", "openai: .*base_url"),
-        ("{kind: serve, start_timeout_s: 5}", "openai: .*server"),
-        ("{kind: serve, server: vllm}", "openai: .*start_timeout_s"),
-        ("{kind: openai, base_url: http://x/v1, concurrency: 0}", "openai: concurrency: "),
-        ("{kind: openai, base_url: http://x/v1, requests_per_minute: 0}", "openai: requests_per_minute: "),
-    ],
-)
-def test_an_endpoint_that_cannot_be_asked_is_refused(tmp_path, entry, says):
-    """Programs run by hand, too: without an address the openai package would send everything to its own."""
-    path = tmp_path / "endpoints.yaml"
-    path.write_text(f"openai: {entry}")
-    with pytest.raises(UserError, match=says):
-        read_endpoint(path, "openai")
+# The offline judge ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_rubric_answers_offline(tmp_path):
