@@ -47,7 +47,7 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the journal)
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the journal)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for line in whole_lines(self.path):
@@ -82,9 +82,13 @@ class Journal:
         """Append what became of a request."""
         if self.fault:
             raise self.fault
-        line = rendered(outcome)
-        self.file.write(line)
-        self.file.flush()
+        line = rest = rendered(outcome)
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as fault:
+            self.file.truncate(self.end)  # or the next line would follow a piece of this one
+            raise self.cannot_write(fault) from None
         self.unsynced = True
         self._take(outcome, len(line))
 
@@ -115,7 +119,11 @@ class Journal:
                     self.unsynced = False
                     os.fsync(self.file.fileno())
         except OSError as fault:
-            self.fault = fault
+            self.fault = self.cannot_write(fault)
+
+    def cannot_write(self, fault: OSError) -> UserError:
+        """Return what to say of a full or broken disk."""
+        return UserError(f"{self.path} cannot be written: {fault.strerror}. What it holds is kept: make room and run again.")
 
 
 def rendered(outcome: dict) -> bytes:

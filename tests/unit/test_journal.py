@@ -1,6 +1,8 @@
 """The journal: what was written survives a kill, a torn end costs only itself, damage is named, two jobs never share one."""
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -185,19 +187,37 @@ def test_lines_are_synced_in_groups_while_others_are_added(tmp_path, monkeypatch
     assert synced[-1] == journal.end, "all of it at the end"
 
 
+@pytest.mark.parametrize("length", [100, 50_000])
+def test_a_full_disk_leaves_no_piece_of_a_line_before_the_next(tmp_path, length):
+    """Answers under way still come in when others have made room."""
+    path = tmp_path / "j.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(path, KEYS) as journal:
+        journal.add(outcome(A))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (journal.end + 50, before[1]))
+        try:
+            with pytest.raises(UserError, match=r"j\.jsonl cannot be written: File too large\. What it holds is kept: make room"):
+                journal.add(outcome(B, ANSWER | {"text": "x" * length}))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        journal.add(outcome(C))
+        assert journal.outcome(C)["key"] == C.hex()
+    assert answered(path) == {A: outcome(A), C: outcome(C)}
+
+
 def test_a_disk_that_fails_stops_the_job(tmp_path, monkeypatch):
     failed = threading.Event()
 
     def fsync(_: int) -> None:
         if threading.current_thread() is not threading.main_thread():
             failed.set()
-            raise OSError("no space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(journal_module.os, "fsync", fsync)
     with Journal(tmp_path / "j.jsonl", KEYS) as journal:
         assert failed.wait(60)
         journal.syncing.join()
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(UserError, match="cannot be written: No space left on device"):
             journal.add(outcome(A))
 
 

@@ -15,7 +15,7 @@ PRINCIPLES = yaml.safe_load(Path("config/principles.yaml").read_text(encoding="u
 COARSE = yaml.safe_load(Path("config/taxonomy.yaml").read_text(encoding="utf-8"))["coarse"]
 
 # Prompts whose output has a format, by the number of responses that they show. The others (respond) delimit nothing: see there.
-SHOWN = {"rate": (1, 4), "rate_together": (1, 4), "judge": (2, 2), "judge_one_by_one": (2, 2), "rank": (2, 2), "topic": (0, 0)}
+SHOWN = {"rate": (1, 10), "rate_together": (1, 10), "judge": (2, 2), "judge_one_by_one": (2, 2), "rank": (2, 2), "topic": (0, 0)}
 
 # What a text might try, for hypothesis to mix with anything else.
 HOSTILE = [
