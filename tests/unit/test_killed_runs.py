@@ -54,7 +54,7 @@ class Job:
     def __init__(self, program: str, inputs: Path, folder: Path, server: FakeServer) -> None:
         folder.mkdir()
         self.folder, self.journal = folder, folder / "journal.jsonl"
-        entry = {"kind": "openai", "base_url": server.url, "concurrency": CONCURRENCY, "timeout_s": 30, "max_retries": 0}
+        entry = {"kind": "openai", "base_url": server.url, "concurrency": CONCURRENCY, "timeout_s": 600, "max_retries": 0}
         (folder / "endpoints.yaml").write_text(yaml.safe_dump({"fake": entry}))
         settings = {"model": MODEL, "seed": 1}
         words = ["--speeches", inputs / "speeches.jsonl"]

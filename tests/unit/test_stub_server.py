@@ -60,16 +60,16 @@ def test_as_many_pairs_as_the_paper():
 
 
 def test_it_serves_the_openai_client_and_counts():
-    with StubServer(delay=0.05) as stub, OpenAI(base_url=stub.url, api_key="none") as client, ThreadPoolExecutor(4) as threads:
+    with StubServer(delay=0.3) as stub, OpenAI(base_url=stub.url, api_key="none") as client, ThreadPoolExecutor(4) as threads:
 
         def ask(number: int):
             return client.chat.completions.create(model="m", messages=[{"role": "user", "content": f"{number} ü"}])
 
-        texts = [completion.choices[0].message.content for completion in threads.map(ask, range(20))]
+        texts = [completion.choices[0].message.content for completion in threads.map(ask, range(8))]
         again = ask(3)
-        assert len(set(texts)) == 20
+        assert len(set(texts)) == 8
         assert again.choices[0].message.content == texts[3]
         assert again.usage.total_tokens > 300
         count = stub.count()
-        assert count["requests"] == 21
+        assert count["requests"] == 9
         assert 1 < count["most_in_flight"] <= 4
