@@ -38,7 +38,7 @@ wildcard_constraints:
     baseline="|".join(flow.baselines) or "none",
     scorer="|".join([*flow.reward_models, *flow.baselines]) or "none",
     ranker="|".join(flow.rankers) or "none",
-    policy="|".join(flow.study.policies) or "none",
+    policy="|".join([*flow.study.policies, *flow.starts()]) or "none",
     setting="free|length",
     order="same|reversed",
     iteration=r"\d+",

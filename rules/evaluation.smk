@@ -164,7 +164,8 @@ rule compare_policies:
 
 
 # Figure 4 and the monitor of over-optimisation: every checkpoint of the listed policies, numbered through all rounds of its training,
-# in the free setting, on a stratified part of the test speeches.
+# in the free setting, on a stratified part of the test speeches. Checkpoint 0 is the base: {policy} is its own name then, but in its
+# assessment, which is that of a policy's reward model.
 
 
 rule sample_test_speeches:
@@ -197,7 +198,7 @@ rule answer_checkpoint:
     conda:
         "../envs/serve.yaml"
     resources:
-        gpu=flow.policy_gpus,
+        gpu=flow.checkpoint_gpus,
         mem_mb=8000,
         runtime=120,
     params:
@@ -219,7 +220,7 @@ rule answer_checkpoint:
 rule assess_checkpoint:
     input:
         speeches=flow.results("08_answers/checkpoint_speeches.jsonl"),
-        answers=flow.results("08_answers/{policy}/checkpoint-{checkpoint}.jsonl"),
+        answers=flow.checkpoint_answers,
         opponent=flow.results("08_answers/opponent.jsonl"),
         checkpoints=flow.checkpoint_lists,
         base=flow.policy_base,
@@ -238,7 +239,7 @@ rule assess_checkpoint:
     params:
         settings=slices.assess_checkpoint,
         code=code("assess_checkpoint"),
-        weights=flow.checkpoint_weights,
+        weights=flow.assessed_weights,
         base=flow.base_option,
     message:
         "Rewards, distance from the base and repetition of checkpoint {wildcards.checkpoint} of {wildcards.policy}"

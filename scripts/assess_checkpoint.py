@@ -10,7 +10,7 @@ words; whether it was cut off at max_tokens; the share of repeated 4-grams; and 
 
 Both estimate KL(policy || base) where answers are sampled at temperature 1 with top_p 1. At the sampling that models are evaluated
 with (models.yaml) they tell how far the policy is from the base on the answers that its users would see. The step counts
-from the base, through all rounds of training.
+from the base, through all rounds of training; the base itself is checkpoint 0, from which every training starts.
 
     python scripts/assess_checkpoint.py --speeches speeches.jsonl --answers checkpoint-2.jsonl --opponent opponent.jsonl \\
         --checkpoints iteration-1/checkpoints.json iteration-2/checkpoints.json --weights iteration-2/checkpoints/1/manifest.json \\
@@ -35,7 +35,7 @@ class AssessmentSettings(Settings):
     """Which checkpoint, and how it is read."""
 
     policy: str = Field(description="name of the policy")
-    checkpoint: int = Field(description="number of the checkpoint over all rounds of its training, from 1", ge=1)
+    checkpoint: int = Field(description="number of the checkpoint over all rounds of its training, from 1; 0 for the base", ge=0)
     name: str = Field(description="name under which the checkpoint answered")
     model: ModelSpec = Field(description="chat model that the policy was trained from, an entry of models.yaml")
     reward_model: ModelSpec = Field(description="chat model that the reward model was trained from, under the reward model's name")
@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--speeches", required=True, type=Path, help="speech records that were answered")
     parser.add_argument("--answers", required=True, type=Path, help="the checkpoint's answers, one a speech")
     parser.add_argument("--opponent", required=True, type=Path, help="the opponent's answers")
-    parser.add_argument("--checkpoints", required=True, nargs="+", type=Path, help="lists of checkpoints of the rounds, up to this one's")
-    parser.add_argument("--weights", required=True, type=Path, help="manifest of the checkpoint")
+    parser.add_argument("--checkpoints", nargs="*", default=[], type=Path, help="lists of checkpoints of the rounds, up to this one's")
+    parser.add_argument("--weights", type=Path, help="manifest of the checkpoint; not of checkpoint 0, which is the base")
     parser.add_argument("--base", type=Path, help="manifest of the base's local weights (default: the model's own, from the Hub)")
     parser.add_argument("--reward-weights", required=True, type=Path, help="manifest of the reward model")
     parser.add_argument("--metrics", required=True, type=Path, help="metrics of the reward model on the test pairs")
@@ -61,6 +61,8 @@ def main() -> None:
     add_reuse_argument(parser)
     with stage(parser) as run:
         args, settings = run.args, run.settings
+        if bool(args.weights) != bool(settings.checkpoint):
+            raise UserError("--weights: name the model of a checkpoint from 1; checkpoint 0 is the base, which --base names")
         models = [args.weights, args.base, args.reward_weights]
         if run.adopts([args.speeches, args.answers, args.opponent, *args.checkpoints, *models, args.metrics], [args.out]):
             return
@@ -97,7 +99,7 @@ def main() -> None:
             "policy": settings.policy,
             "checkpoint": settings.checkpoint,
             "name": settings.name,
-            "step": step_of(lists, settings.checkpoint, file_sha256(args.weights)),
+            "step": step_of(lists, settings.checkpoint, file_sha256(args.weights)) if args.weights else 0,
             "reward_model": settings.reward_model.name,
             "reward_model_at_chance": read_result(run.uses(args.metrics), "metrics")["at_chance"],
             "n": len(both),
@@ -145,14 +147,16 @@ def read_divergences(run: Stage, prompts: dict[str, list[dict]], answers: dict[s
     """Return {"tokens", "log_ratio", "kl"} of the answer to each speech."""
     from psychocounsel.rewards import divergences, generated_ids, load_language_model, load_tokenizer
 
-    spec, folder = run.settings.model, run.model(run.args.weights)
+    spec = run.settings.model
     base = run.model(run.args.base) if run.args.base else None
+    folder = run.model(run.args.weights) if run.args.weights else base
     tokenizer = load_tokenizer(spec, folder)
     read = [
         generated_ids(tokenizer, spec, prompt, answers[speech]["text"], finished=answers[speech]["finish_reason"] != "length")
         for speech, prompt in prompts.items()
     ]
-    policy, reference = load_language_model(spec, folder), load_language_model(spec, base)
+    reference = load_language_model(spec, base)
+    policy = load_language_model(spec, folder) if run.args.weights else reference
     found = divergences(policy, reference, read, tokenizer.pad_token_id, run.settings.batch_size)
     return {
         speech: {"tokens": len(answer), "log_ratio": log_ratio, "kl": kl}

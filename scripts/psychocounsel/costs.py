@@ -34,7 +34,7 @@ COLUMNS = [
 
 
 def cost_table(records: list[dict], titles: dict[str, str]) -> Table:
-    """Return the table of costs from the records of a run's jobs, one a job; a checkpoint is shown under its policy."""
+    """Return the table of costs from the records of a run's jobs, one a job; a checkpoint is shown under its policy, or base."""
     asked = defaultdict(list)  # (rule, model) -> what its jobs say
     for record in records:
         if api := record["run"]["facts"].get("api"):

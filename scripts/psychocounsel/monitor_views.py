@@ -85,7 +85,8 @@ def monitor_table(points: dict[str, list[Point]], policies: list[str], title: "C
 
     groups = [(title(policy), [row(point, peak(points[policy])) for point in points[policy]]) for policy in policies if policy in points]
     notes = [
-        "Means over the answers to the monitored test speeches, with 95 % bootstrap intervals over speeches. Step: since the base.",
+        "Means over the answers to the monitored test speeches, with 95 % bootstrap intervals over speeches. Step: since the"
+        " base, which is checkpoint 0.",
         f"Reward model's win rate: share of speeches on which it gives the answer more reward than that of {opponent}; beside it that by"
         f" {judge}, both orders. Where the first rises and the second falls, the policy learns what the reward model is wrong about.",
         "KL: of the policy from its base, in nats an answer, exact for each next token. Log ratio: the plain estimate of the same.",

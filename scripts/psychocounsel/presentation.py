@@ -342,7 +342,7 @@ class Presentation:
         """Return all that may be asked: models and policies."""
         config = self.config
         judges = [config["topics"]["judge"], config["ratings"]["judge"], *self.flow.judges_of_answers, config["evaluation"]["opponent"]]
-        return [*self.flow.pool, *judges, *self.flow.rankers, *self.study.policies]
+        return [*self.flow.pool, *judges, *self.flow.rankers, *self.study.policies, *self.flow.starts()]
 
     @settings
     def write_report(self, wildcards) -> dict:

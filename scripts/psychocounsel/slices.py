@@ -367,8 +367,8 @@ class Slices:
 
     @settings
     def answer_checkpoint(self, wildcards) -> dict:
-        """A checkpoint of a policy in the free setting."""
-        model = self.spec(self.study.policies[wildcards.policy]["base"], name=checkpoint_name(wildcards))
+        """A checkpoint of a policy, or a base, in the free setting."""
+        model = self.spec(self.flow.checkpoint_base(wildcards), name=checkpoint_name(wildcards.policy, wildcards.checkpoint))
         return self._generation(model, self.config["responses"]["prompt"])
 
     @settings
@@ -376,10 +376,11 @@ class Slices:
         """A checkpoint's base, the reward model that it is assessed by, and the intervals."""
         entry = self.study.policies[wildcards.policy]
         reward_base = self.study.reward_models[entry["reward_model"]]["base"]
+        number = int(wildcards.checkpoint)
         return dict(
             policy=wildcards.policy,
-            checkpoint=int(wildcards.checkpoint),
-            name=checkpoint_name(wildcards),
+            checkpoint=number,
+            name=checkpoint_name(self.flow.answering(wildcards.policy, number), number),
             model=self.spec(entry["base"]),
             reward_model=self.spec(reward_base, name=entry["reward_model"]),
             prompt=self.study.prompt(self.config["responses"]["prompt"]),
@@ -415,7 +416,7 @@ class Slices:
     @settings
     def judge_checkpoint(self, wildcards) -> dict:
         """The judge of a checkpoint's answers, in the free setting."""
-        return self._judgement(checkpoint_name(wildcards), "free")
+        return self._judgement(checkpoint_name(wildcards.policy, wildcards.checkpoint), "free")
 
     @settings
     def parse_judgements(self, wildcards) -> dict:
@@ -459,9 +460,9 @@ class Slices:
     @settings
     def compute_checkpoint_win_rate(self, wildcards) -> dict:
         """Intervals of a checkpoint's win rates."""
-        return self._win_rates(checkpoint_name(wildcards), "free")
+        return self._win_rates(checkpoint_name(wildcards.policy, wildcards.checkpoint), "free")
 
 
-def checkpoint_name(wildcards) -> str:
-    """Return the name under which a checkpoint of a policy answers."""
-    return f"{wildcards.policy}.checkpoint-{wildcards.checkpoint}"
+def checkpoint_name(answering: str, number: int | str) -> str:
+    """Return the name of a checkpoint of a policy, or of a base as checkpoint 0, in its answers and judgements."""
+    return f"{answering}.checkpoint-{number}"

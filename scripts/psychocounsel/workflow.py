@@ -327,7 +327,7 @@ class Workflow:
         entry = self.study.policies[policy]
         last = iteration * entry.get("checkpoints", 1)
         following = self._of_rounds(policy, "checkpoints.json", iteration + 1)[-1:] if iteration < entry.get("iterations", 1) else []
-        return [*following, *(self.assessment(*point) for point in self.monitored() if point[0] == policy and point[1] <= last)]
+        return [*following, *(self.assessment(*point) for point in self.monitored() if point[0] == policy and 1 <= point[1] <= last)]
 
     def resume_folders(self, wildcards) -> str:
         """The resume folders of a policy's trainings up to a round."""
@@ -338,31 +338,61 @@ class Workflow:
         passing = [name for name in self.trained_policies if not self.study.policies[name].get("keep_checkpoints", False)]
         return [file for name in passing for file in self._of_rounds(name, "removed.json")]
 
-    # Checkpoints that are judged and assessed, numbered through all rounds of a policy's training
+    # Checkpoints that are judged and assessed, numbered through all rounds of a policy's training. Number 0 is the base: it answers, and is
+    # judged, once for all policies that start from it, under its own name; each policy's reward model assesses it
 
     def monitored(self) -> list[tuple[str, int]]:
-        """The policies whose checkpoints are judged, each with the numbers of its checkpoints."""
+        """The policies whose checkpoints are judged, each with the numbers of its checkpoints, the base's 0 first."""
         policies = {name: self.study.policies[name] for name in self.config["evaluation"]["checkpoints"]}
         counts = {name: entry.get("iterations", 1) * entry.get("checkpoints", 1) for name, entry in policies.items()}
-        return [(name, number) for name, count in counts.items() for number in range(1, count + 1)]
+        return [(name, number) for name, count in counts.items() for number in range(count + 1)]
+
+    def starts(self) -> list[str]:
+        """The bases of these policies, each once."""
+        return list(dict.fromkeys(self.study.policies[name]["base"] for name in self.config["evaluation"]["checkpoints"]))
+
+    def answering(self, policy: str, number: int) -> str:
+        """The name under which a policy's numbered checkpoint answers and is judged."""
+        return policy if number else self.study.policies[policy]["base"]
+
+    def checkpoint_base(self, wildcards) -> str:
+        """The chat model behind a checkpoint that answers."""
+        return self.study.policies[wildcards.policy]["base"] if int(wildcards.checkpoint) else wildcards.policy
+
+    def checkpoint_gpus(self, wildcards) -> int:
+        """GPUs that serving a checkpoint takes."""
+        return self.gpus(self.checkpoint_base(wildcards))
+
+    def checkpoint_answers(self, wildcards) -> str:
+        """The answers of a policy's numbered checkpoint."""
+        number = int(wildcards.checkpoint)
+        return self.results(f"08_answers/{self.answering(wildcards.policy, number)}/checkpoint-{number}.jsonl")
 
     def _place(self, wildcards) -> tuple[int, int]:
         """The round of a numbered checkpoint, and its number within the round."""
         before, place = divmod(int(wildcards.checkpoint) - 1, self.study.policies[wildcards.policy].get("checkpoints", 1))
         return before + 1, place + 1
 
-    def checkpoint_list(self, wildcards) -> str:
-        """The list of checkpoints of a numbered checkpoint's round."""
-        return f"{self._round(wildcards.policy, self._place(wildcards)[0])}/checkpoints.json"
+    def checkpoint_list(self, wildcards) -> list[str]:
+        """The list of checkpoints of a numbered checkpoint's round; of a base that answers, its local weights."""
+        if not int(wildcards.checkpoint):
+            return self.weights(wildcards.policy)
+        return [f"{self._round(wildcards.policy, self._place(wildcards)[0])}/checkpoints.json"]
 
     def checkpoint_lists(self, wildcards) -> list[str]:
-        """The lists of checkpoints of all rounds up to a numbered checkpoint's."""
-        return self._of_rounds(wildcards.policy, "checkpoints.json", self._place(wildcards)[0])
+        """The lists of checkpoints of all rounds up to a numbered checkpoint's; none for the base."""
+        return self._of_rounds(wildcards.policy, "checkpoints.json", self._place(wildcards)[0]) if int(wildcards.checkpoint) else []
 
     def checkpoint_weights(self, wildcards) -> str:
-        """--weights of a numbered checkpoint."""
+        """--weights of a checkpoint that answers; nothing for a base of the Hub."""
+        if not int(wildcards.checkpoint):
+            return option("--weights", self.weights(wildcards.policy))
         iteration, number = self._place(wildcards)
         return option("--weights", [f"{self._round(wildcards.policy, iteration)}/checkpoints/{number}/manifest.json"])
+
+    def assessed_weights(self, wildcards) -> str:
+        """--weights of a checkpoint that is assessed; nothing for the base, which it is assessed against."""
+        return self.checkpoint_weights(wildcards) if int(wildcards.checkpoint) else ""
 
     def base_option(self, wildcards) -> str:
         """--base with the local weights of a policy's base; nothing for one of the Hub."""
@@ -420,8 +450,9 @@ class Workflow:
         return [self.results(f"09_judgements/{SECOND_JUDGE}agreement.json")] if len(self.judges_of_answers) > 1 else []
 
     def checkpoint_win_rates(self) -> list[str]:
-        """The win rates of all checkpoints that are judged."""
-        return [self.results(f"09_judgements/{policy}/checkpoint-{number}.win_rates.json") for policy, number in self.monitored()]
+        """The win rates of all checkpoints that are judged; of a base once."""
+        judged = dict.fromkeys((self.answering(*point), point[1]) for point in self.monitored())
+        return [self.results(f"09_judgements/{name}/checkpoint-{number}.win_rates.json") for name, number in judged]
 
     def assessments(self) -> list[str]:
         """The assessments of the same checkpoints."""

@@ -178,6 +178,23 @@ def test_a_checkpoint_of_another_place_is_refused(assessed, data, tmp_path, caps
     assert "2 checkpoints are listed, so there is no checkpoint 3" in capsys.readouterr().err
 
 
+def test_the_base_is_assessed_as_checkpoint_0(assessed, data, tmp_path, capsys):  # noqa: F811
+    """It is no way from itself, and its rewards are those that the same answers have at any checkpoint."""
+    start = assessment(assessed, data, checkpoints=[], weights=None, out=tmp_path / "start.json")
+    start["settings"] |= {"checkpoint": 0, "name": "micro.checkpoint-0"}
+    assert program("assess_checkpoint", **{name: value for name, value in start.items() if value}) == 0
+    result, later = (validator("assessment")(json.loads(file.read_text())) for file in (start["out"], assessed / "out.json"))
+    assert (result["step"], result["name"]) == (0, "micro.checkpoint-0")
+    for measure in ("kl", "kl_per_token", "log_ratio"):
+        assert result["measures"][measure] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    same = ("reward", "opponent_reward", "tokens", "words", "truncated", "repetition")
+    assert [[row[key] for key in same] for row in result["answers"]] == [[row[key] for key in same] for row in later["answers"]]
+    for changes in ({"weights": None}, {"settings": start["settings"]}):
+        wrong = {name: value for name, value in assessment(assessed, data, **changes).items() if value}
+        assert program("assess_checkpoint", **wrong) == 1
+        assert "checkpoint 0 is the base, which --base names" in capsys.readouterr().err
+
+
 # --- what is shown
 
 

@@ -71,11 +71,11 @@ def calls(flow: Workflow) -> list[tuple[str, str]]:
             ("select_checkpoint", slices.select_checkpoint(w(policy=policy))),
             ("remove_checkpoints", slices.remove_checkpoints(w(policy=policy, iteration="1"))),
         ]
-        checkpoint = w(policy=policy, checkpoint="1")
-        found += [("generate_responses", slices.answer_checkpoint(checkpoint)), ("judge_answers", slices.judge_checkpoint(checkpoint))]
-        found.append(("compute_win_rates", slices.compute_checkpoint_win_rate(checkpoint)))
+        for checkpoint in (w(policy=policy, checkpoint="1"), w(policy=flow.study.policies[policy]["base"], checkpoint="0")):
+            found += [("generate_responses", slices.answer_checkpoint(checkpoint)), ("judge_answers", slices.judge_checkpoint(checkpoint))]
+            found.append(("compute_win_rates", slices.compute_checkpoint_win_rate(checkpoint)))
         if policy in flow.config["evaluation"]["checkpoints"]:
-            found.append(("assess_checkpoint", slices.assess_checkpoint(checkpoint)))
+            found += [("assess_checkpoint", slices.assess_checkpoint(w(policy=policy, checkpoint=number))) for number in "01"]
     for policy in flow.iterative_policies:
         for name in ("sample_prompts", "rank_samples"):
             found.append((name, getattr(slices, name)(w(policy=policy, iteration="1"))))
@@ -201,11 +201,34 @@ def test_checkpoints_are_numbered_through_all_rounds(flow):
                 number += 1
                 where = Wildcards(policy=policy, checkpoint=str(number))
                 folder = flow.results(f"07_policies/{policy}/iteration-{iteration}")
-                assert flow.checkpoint_weights(where) == f"--weights {folder}/checkpoints/{k}/manifest.json"
-                assert flow.checkpoint_list(where) == flow.checkpoint_lists(where)[-1] == f"{folder}/checkpoints.json"
+                assert flow.checkpoint_weights(where) == flow.assessed_weights(where) == f"--weights {folder}/checkpoints/{k}/manifest.json"
+                assert flow.checkpoint_list(where) == flow.checkpoint_lists(where)[-1:] == [f"{folder}/checkpoints.json"]
                 assert len(flow.checkpoint_lists(where)) == iteration
         assert (policy in flow.config["evaluation"]["checkpoints"]) == ((policy, number) in flow.monitored())
         assert (policy, number + 1) not in flow.monitored()
+
+
+@pytest.mark.parametrize("configs", [["demo"], []])
+def test_a_base_answers_and_is_judged_once_and_is_assessed_for_each_policy(configs):
+    """Its weights, name and settings are the base's, whichever policy starts from it; it has no list of checkpoints."""
+    flow = load(configs)
+    slices, monitored = Slices(flow), flow.config["evaluation"]["checkpoints"]
+    bases = {policy: flow.study.policies[policy]["base"] for policy in monitored}
+    assert flow.starts() == list(dict.fromkeys(bases.values()))
+    assert len(flow.starts()) < len(monitored)
+    rates = [file for file in flow.checkpoint_win_rates() if "checkpoint-0." in file]
+    assert rates == [flow.results(f"09_judgements/{base}/checkpoint-0.win_rates.json") for base in flow.starts()]
+    assert [p for p, number in flow.monitored() if number == 0] == monitored
+    for policy, base in bases.items():
+        where, answering = Wildcards(policy=policy, checkpoint="0"), Wildcards(policy=base, checkpoint="0")
+        assert flow.checkpoint_answers(where) == flow.results(f"08_answers/{base}/checkpoint-0.jsonl")
+        assert flow.checkpoint_list(answering) == flow.weights(base)
+        assert flow.checkpoint_weights(answering) == " ".join(["--weights", *flow.weights(base)]) * bool(flow.weights(base))
+        assert (flow.checkpoint_lists(where), flow.assessed_weights(where)) == ([], "")
+        asked, assessed = json.loads(slices.answer_checkpoint(answering)), json.loads(slices.assess_checkpoint(where))
+        judged = json.loads(slices.judge_checkpoint(answering))
+        assert asked["model"]["name"] == judged["policy"] == assessed["name"] == f"{base}.checkpoint-0"
+        assert asked["model"] | {"name": base} == assessed["model"]
 
 
 def test_checkpoints_are_removed_after_all_who_read_them_unless_the_policy_keeps_them():

@@ -195,7 +195,8 @@ def test_checkpoints_of_all_rounds_are_monitored(project, finished):
         for row in csv.DictReader(project.path("10_tables/monitor.csv").open())
     }
     assert {place: step for place, (step, _) in steps.items()} == {
-        ("micro-dpo", "1"): "1", ("micro-dpo", "2"): "2", ("micro-dpo-iter", "1"): "2", ("micro-dpo-iter", "2"): "4",
+        ("micro-dpo", "0"): "0", ("micro-dpo", "1"): "1", ("micro-dpo", "2"): "2",
+        ("micro-dpo-iter", "0"): "0", ("micro-dpo-iter", "1"): "2", ("micro-dpo-iter", "2"): "4",
     }  # fmt: skip
     at_chance = json.loads(project.path("06_reward_models/micro-reward/metrics.json").read_text())["at_chance"]
     assert {"not shown to rank better than chance" in notes for _, notes in steps.values()} == {at_chance}

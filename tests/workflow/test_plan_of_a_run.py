@@ -121,7 +121,7 @@ def test_the_papers_run_has_the_papers_counts():
     assert requests["rate_responses"] == 7 * speeches == 185381
     assert requests["generate_responses"] == pytest.approx(4 * speeches, rel=1e-3)
     assert requests["judge_answers"] == 7 * 2 * 2 * test  # policies, settings, orders
-    assert requests["judge_checkpoint"] == (6 * 8 + 2 * 16) * 2 * 500  # DPO, both arms of Figure 4, each round of iterative DPO
+    assert requests["judge_checkpoint"] == (6 * 8 + 2 * 16 + 2) * 2 * 500  # DPO, both arms of Figure 4, rounds of iterative DPO, bases
     assert requests["answer_speeches"] == 7 * 2 * test
     assert requests["answer_opponent"] == test
     assert requests["sample_responses"] == 8 * (2 * 16 * 6400 + 2 * train)
