@@ -99,7 +99,7 @@ def plot_monitor(points: dict[str, list[Point]], policies: list[str], title: "Ca
     """Win rates by the reward model and by the judge over the distance from the base, a panel a policy (as Gao et al. 2023 draw them: by
     the square root of KL), and below by step: mean reward, KL, words, answers cut off, repetition. A ring marks the highest win rate.
     """
-    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas, show_counts
 
     shown = [policy for policy in policies if policy in points]
     rows = -(-len(shown) // 3)
@@ -112,8 +112,9 @@ def plot_monitor(points: dict[str, list[Point]], policies: list[str], title: "Ca
         place = distance[points[policy].index(best)], 100 * best.rate["win_rate"]
         panel.plot(*place, marker="o", markersize=9, markerfacecolor="none", color="#333333", linestyle="none", label="highest win rate")
         panel.axhline(50, color="#666666", linewidth=0.8, linestyle=":")
-        panel.set(title=title(policy), xlabel="√KL to the base (nats)", ylim=(-3, 103))
-    axes[0].set_ylabel(f"preferred to\n{opponent} (%)")
+        panel.set(title=title(policy), xlabel="√(KL to the base in nats)", ylim=(-3, 103))
+    for panel in axes[: len(shown) : 3]:
+        panel.set_ylabel(f"preferred to\n{opponent} (%)")
     for panel in axes[len(shown) : 3 * rows]:
         panel.remove()
     by_step = [("reward", "Mean reward", 1), ("kl", "KL to the base (nats)", 1), ("words", "Words", 1)]
@@ -125,7 +126,7 @@ def plot_monitor(points: dict[str, list[Point]], policies: list[str], title: "Ca
             line = "-" if k < len(COLOURS) else ":"
             band(panel, steps, [point.measure(name) for point in points[policy]], factor, *style, title(policy), line)
         panel.set(title=heading, xlabel="optimiser step", **({"ylim": (0, None)} if factor == 100 else {}))
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        show_counts(panel.xaxis)
     axes[-1].set_axis_off()
     axes[-1].legend(*axes[-2].get_legend_handles_labels(), loc="center", title="by step")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -150,7 +151,7 @@ def band(
 
 def plot_checkpoints(points: dict[str, list[Point]], arms: list[str], title: "Callable[[str], str]", opponent: str, judge: str) -> "Figure":
     """Win rate of each checkpoint by step, one line an arm (Figure 4), with 95 % intervals; both orders."""
-    from psychocounsel.plotting import COLOURS, MARKERS, canvas
+    from psychocounsel.plotting import COLOURS, MARKERS, canvas, show_counts
 
     if unknown := [arm for arm in arms if arm not in points]:
         raise UserError(f"--assessments: none of {unknown[0]!r}, which the setting ablation names")
@@ -163,7 +164,7 @@ def plot_checkpoints(points: dict[str, list[Point]], arms: list[str], title: "Ca
         axes.fill_between(steps, low, high, color=colour, alpha=0.12)
     axes.axhline(50, color="#666666", linewidth=0.8, linestyle="--")
     axes.set(xlabel="optimiser step", ylabel=f"win rate against\n{opponent} (%)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    show_counts(axes.xaxis)
     speeches = max(point.rate["n"] for arm in arms for point in points[arm])
     heading = f"judged by {judge} on {speeches:,} test speeches, both orders"
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, title=heading)
