@@ -340,6 +340,7 @@ def reference_errors(study: Study) -> Iterator[str]:
         names = [entry["name"] for entry in config[key]]
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"{locate((key,), files)}: {key} names {name!r} twice."
+    yield from shared_names(study)
     for index, entry in enumerate(config["reward_models"]):
         yield from unknown(("reward_models", index, "base"), entry["base"], "chat model", chat)
         yield from unknown_each(
@@ -392,6 +393,28 @@ def reference_errors(study: Study) -> Iterator[str]:
         for index, entry in enumerate(config[key]):
             if "recipe" in entry and not Path(entry["recipe"]).is_file():
                 yield f"{locate((key, index, 'recipe'), files)}: {key}[{index}].recipe: no file {entry['recipe']!r}."
+
+
+def shared_names(study: Study) -> Iterator[str]:
+    """Yield one message for each name that two things of a run bear where its files or its tables go by name.
+
+    A policy may be called as its base is: the two are told apart everywhere.
+    """
+    config = study.config
+    data = dict.fromkeys(study.sources, "a source") | {"psychocounsel": "the run's own pairs"}
+    scorers = [*config["reward_evaluation"]["baselines"], *config["reward_evaluation"]["rankers"]]
+    taken = {
+        "reward_models": data | dict.fromkeys(scorers, "a baseline or ranker of reward_evaluation"),
+        "policies": data | dict.fromkeys(study.reward_models, "a reward model"),
+    }
+    for key, others in taken.items():
+        for index, entry in enumerate(config[key]):
+            if what := others.get(entry["name"]):
+                line = locate((key, index, "name"), study.files)
+                yield f"{line}: {key}[{index}].name: {entry['name']!r} is the name of {what} too; choose another."
+    for name in sorted(study.models.keys() & study.sources.keys()):
+        line = locate((name,), [Path(f) for f in config["files"]["models"]])
+        yield f"{line}: models.{name} is the name of a source too; choose another."
 
 
 def about_unpinned(unpinned: dict[str, str], config: dict) -> str:

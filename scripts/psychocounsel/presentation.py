@@ -36,8 +36,8 @@ class Presentation:
     def title(self, name: str) -> str:
         """Return how a model, policy or source is printed."""
         for registry in (self.study.reward_models, self.study.policies, self.study.models, self.study.sources):
-            if name in registry:
-                return registry[name].get("title", name)
+            if "title" in registry.get(name, {}):
+                return registry[name]["title"]
         return "PsychoCounsel-Preference (this run)" if name == OURS else name
 
     def titles(self, names: list[str]) -> dict[str, str]:
@@ -366,7 +366,7 @@ class Presentation:
         summary = [
             *(given if self.flow.starts_at_pairs else made),
             ("Opponent", self.opponent),
-            ("Judge of the answers", f"{self.judge_of_answers}, all seven principles in one call, both orders, no tie offered"),
+            ("Judge of the answers", f"{self.judge_of_answers}, {JUDGED[config['evaluation']['protocol']]}, both orders, no tie offered"),
             ("Seed", str(config["seed"])),
         ]  # fmt: skip
         if self.second_judge:

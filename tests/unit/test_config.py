@@ -67,6 +67,17 @@ def test_the_paper_config_is_the_paper(tmp_path):
         ("files: {models: [config/modells.yaml]}\n", ["config/modells.yaml: no such file", f"this is {Path.cwd()}"]),
         ("files: {models: [config]}\n", ["config: a folder"]),
         ("policies: []\n", ["evaluation.policies[0]: no policy", "There is none."]),
+        (
+            "reward_models:\n  - {name: helpsteer2, base: gemma-2-9b-it, data: [helpsteer2], recipe: config/train/reward_model.yaml}\n"
+            "  - {name: gemma-2-9b-it-ranker, base: gemma-2-9b-it, data: [psychocounsel], recipe: config/train/reward_model.yaml}\n"
+            "policies: [{name: psychocounsel, base: gpt-4o, method: none}, {name: gemma-2-9b-it-ranker, base: gpt-4o, method: none}]\n",
+            [
+                "mine.yaml:2: reward_models[0].name: 'helpsteer2' is the name of a source too; choose another",
+                "mine.yaml:3: reward_models[1].name: 'gemma-2-9b-it-ranker' is the name of a baseline or ranker of reward_evaluation too",
+                "mine.yaml:4: policies[0].name: 'psychocounsel' is the name of the run's own pairs too",
+                "mine.yaml:4: policies[1].name: 'gemma-2-9b-it-ranker' is the name of a reward model too",
+            ],
+        ),
     ],
 )
 def test_mistakes_are_explained(tmp_path, text, expected):
@@ -74,6 +85,13 @@ def test_mistakes_are_explained(tmp_path, text, expected):
         study_of(tmp_path, text)
     for part in expected:
         assert part in str(caught.value)
+
+
+def test_a_model_that_is_called_as_a_source_is_named(tmp_path):
+    models = tmp_path / "models.yaml"
+    models.write_text("counsel-chat:\n  extends: gemma-2-9b-it\n")
+    with pytest.raises(UserError, match=r"models\.yaml:1: models\.counsel-chat is the name of a source too"):
+        study_of(tmp_path, f"files: {{models: [config/models.yaml, {models}]}}\n")
 
 
 def test_all_mistakes_are_shown_at_once(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from psychocounsel.config import Study, load_study, merged, read_config
-from psychocounsel.presentation import Presentation, current_settings
+from psychocounsel.presentation import JUDGED, Presentation, current_settings
 from psychocounsel.slices import Slices, Wildcards
 from psychocounsel.stage import Settings, parse_settings, read_settings
 from psychocounsel.workflow import Workflow
@@ -243,6 +243,22 @@ def test_checkpoints_are_removed_after_all_who_read_them_unless_the_policy_keeps
     assert [file for file in flow.removals() if f"/{policy}/" in file] == [f"{folder}/iteration-{i}/removed.json" for i in range(1, 17)]
     flow.study.policies[policy]["keep_checkpoints"] = True
     assert not [file for file in flow.removals() if f"/{policy}/" in file]
+
+
+def test_a_policy_without_a_title_is_called_as_its_base_where_it_has_the_bases_name():
+    flow = load(["demo"])
+    flow.study.policies["smollm2-135m"] = {"name": "smollm2-135m", "base": "smollm2-135m", "method": "none"}
+    assert Presentation(flow).title("smollm2-135m") == flow.study.models["smollm2-135m"]["title"] == "SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "words"), [("together", "all principles in one call"), ("one_by_one", "the verdict of most principles")]
+)
+def test_the_report_says_how_the_judge_of_the_answers_was_asked(protocol, words):
+    flow = load([])
+    flow.config["evaluation"]["protocol"] = protocol
+    (said,) = [text for what, text in json.loads(Presentation(flow).write_report(Wildcards()))["summary"] if what == "Judge of the answers"]
+    assert [known for known in JUDGED if JUDGED[known] in said] == [protocol]
 
 
 def rules() -> list[tuple[str, str]]:
