@@ -14,6 +14,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from pydantic import BaseModel, ConfigDict, Field
 
 from psychocounsel.errors import UserError
+from psychocounsel.models import ModelSpec, chat_messages
+from psychocounsel.prompts import render
 from psychocounsel.provenance import read_record, record_path, shown
 from psychocounsel.records import file_sha256, read_result
 from psychocounsel.stage import Settings, Stage, command_line, stage
@@ -54,7 +56,7 @@ class Model(Part):
     title: str
     kind: Literal["reward_model", "policy"]
     base: str
-    base_id: str | None
+    chat: ModelSpec  # the base: id, revision, and how it is spoken to
     licence: str
     method: str
     labels: str  # how the preference labels came about: "made by …"
@@ -72,8 +74,9 @@ class CardSettings(Settings):
     run: str = Field(description="name of the run")
     judge_of_answers: str = Field(description="title of the judge of the win rates")
     opponent: str = Field(description="title of the opponent")
+    prompt: str = Field(description="template of the responding prompt, with {{ client_speech }}")
     models: list[Model] = Field(
-        description="[{name, title, kind, base, base_id, licence, method, labels, data, data_licences, datasets, recipe, rounds,"
+        description="[{name, title, kind, base, chat, licence, method, labels, data, data_licences, datasets, recipe, rounds,"
         " ranked_by}]: what was trained"
     )
     note: str | None = Field(None, description="a sentence at the head of every card")
@@ -137,6 +140,7 @@ def card(
         "ranked_by": metrics.get(model.ranked_by),
         "win_rates": win_rates,
         "provenance": provenance(manifest),
+        "messages": chat_messages(model.chat, render(settings.prompt, client_speech="{client speech}")),
         "trainings": [training(file) for file in trainings],
     }
     body = load_template("model_card.md").render(
@@ -150,7 +154,7 @@ def header(model: Model, results: list[EvalResult]) -> ModelCardData:
     licence = HUB_LICENCES.get(model.licence, "other")
     reward_model = model.kind == "reward_model"
     return ModelCardData(
-        base_model=model.base_id,
+        base_model=model.chat.id,
         datasets=model.datasets or None,
         language="en",
         library_name="transformers",
@@ -208,9 +212,13 @@ def provenance(manifest: Path) -> dict:
 
     The identity hashes what determined the weights, down to the sources; the card is made from the record, so it cannot be part of it.
     """
-    record = record_path(manifest)
-    identity = read_record(record)["identity_sha256"] if record.is_file() else None
-    return {"record": shown(record), "identity": identity, "manifest": file_sha256(manifest)}
+    path = record_path(manifest)
+    record = read_record(path) if path.is_file() else None
+    found = {"record": shown(path), "identity": record and record["identity_sha256"], "manifest": file_sha256(manifest), "chosen": None}
+    if record and "chosen" in record["run"]["facts"]:  # iteration-2/checkpoints/3/manifest.json, by select_checkpoint.py
+        number = Path(record["run"]["facts"]["chosen"]).parent
+        found["chosen"] = f"checkpoint {number.name} of round {number.parent.parent.name.removeprefix('iteration-')}"
+    return found
 
 
 def training(output: Path) -> list[str]:

@@ -16,6 +16,7 @@ PERSONAL_DATA = {
     "drop": "speeches with e-mail addresses, telephone numbers of people or web addresses are left out; names are not looked for",
 }
 PROTOCOLS = {"one_by_one": "one call a principle", "together": "all principles in one call (not the paper's protocol)"}
+ASKED = ("id", "revision", "instruction", "system_role", "chat_template_kwargs")  # how a model is spoken to: parts of its ModelSpec
 JUDGED = {"together": "all principles in one call", "one_by_one": "the verdict of most principles"}
 
 
@@ -242,7 +243,8 @@ class Presentation:
         def model(name: str, entry: dict, kind: str, method: str, data: str, learnt_from: list[str], **more) -> dict:
             base = self.study.models[entry["base"]]
             return {
-                "name": name, "title": self.title(name), "kind": kind, "base": base["title"], "base_id": base["id"],
+                "name": name, "title": self.title(name), "kind": kind, "base": base["title"],
+                "chat": {"name": entry["base"]} | {fact: base[fact] for fact in ASKED if fact in base},
                 "licence": base["licence"], "method": method, "labels": self.labels_of(learnt_from), "data": data,
                 "recipe": self.study.recipe(entry["recipe"]),
                 "data_licences": self.licences(learnt_from), "datasets": self.hub_datasets(learnt_from),
@@ -257,7 +259,7 @@ class Presentation:
             keys = ("iterations", "speeches_per_iteration", "samples_per_speech", "start", "reference")
             learnt_from = list(dict.fromkeys([OURS, *self.study.reward_models[ranker]["data"]]))
             return model(
-                name, entry, "policy", f"iterative DPO, {entry['iterations']} iterations", f"{samples}, ranked by {self.title(ranker)}",
+                name, entry, "policy", "iterative DPO", f"{samples}, ranked by {self.title(ranker)}",
                 learnt_from, rounds={key: entry[key] for key in keys},
             )  # fmt: skip
 
@@ -266,6 +268,7 @@ class Presentation:
             run=config["run"],
             judge_of_answers=self.judge_of_answers,
             opponent=self.opponent,
+            prompt=self.study.prompt(config["responses"]["prompt"]),
             models=[
                 model(name, entry, "reward_model", "Bradley-Terry reward model", self.data(name), entry["data"]) for name, entry in rewards
             ]

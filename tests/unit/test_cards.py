@@ -1,14 +1,17 @@
 """Model cards of models that were really trained: read by the Hub's own parser, leading to the record of the weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from toy_training import RECIPE, program
+from toy_training import PROMPT, RECIPE, program
 
 from psychocounsel.config import load_registry
+from psychocounsel.models import ModelSpec, chat_messages
+from psychocounsel.prompts import render
 from psychocounsel.provenance import read_record, record_path
 from psychocounsel.records import file_sha256
 from test_general_preferences import BENCHMARK, measure, read
@@ -16,8 +19,12 @@ from write_cards import HUB_LICENCES
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 ROUNDS = {"iterations": 1, "speeches_per_iteration": None, "samples_per_speech": 8, "start": "previous", "reference": "base"}
+CHAT = {
+    "name": "micro", "id": "tests/micro", "revision": "c0ffee", "instruction": "You listen.",
+    "chat_template_kwargs": {"date_string": "1 May"},
+}  # fmt: skip
 MODEL = {
-    "title": "A model", "base": "Micro", "base_id": "tests/micro", "licence": "Apache-2.0",
+    "title": "A model", "base": "Micro", "chat": CHAT, "licence": "Apache-2.0",
     "labels": "made by J, not by people", "data": "toy pairs", "recipe": RECIPE,
     "data_licences": [["Toy", "CC0-1.0"]], "datasets": ["nvidia/HelpSteer2"],
 }  # fmt: skip
@@ -40,7 +47,7 @@ def cards(reward_model, policy, data, tmp_path_factory):
         MODEL
         | {"name": "p", "kind": "policy", "method": "DPO", "ranked_by": "rm", "rounds": ROUNDS, "licence": "Jamba Open Model License"},
     ]
-    settings = {"run": "toy", "judge_of_answers": "J", "opponent": "O", "models": models}
+    settings = {"run": "toy", "judge_of_answers": "J", "opponent": "O", "prompt": PROMPT, "models": models}
     arguments = {
         "models": [f"rm={weights}", f"p={policy / 'checkpoints/3/manifest.json'}"], "trainings": [f"p={policy / 'checkpoints.json'}"],
         "reward_metrics": [*files, bench / "metrics.json"], "out_dir": folder,
@@ -91,6 +98,36 @@ def test_a_card_tells_what_training_read_and_cut(cards, reward_model, policy):
 
 
 @pytest.mark.parametrize("name", ["rm", "p"])
+def test_a_card_tells_how_its_model_is_asked_and_of_which_base(cards, name):
+    """As the pipeline asks: the same messages, and the pinned arguments of the template."""
+    text = cards[name].read_text()
+    for message in chat_messages(ModelSpec(**CHAT), render(PROMPT, client_speech="{client speech}")):
+        assert f"\n{message['role']}:\n\n```\n{message['content']}\n```\n" in text
+    assert "the chat template of the tokenizer with `date_string: 1 May`." in text
+    assert "Base: Micro (`tests/micro` at `c0ffee`; licence: " in text
+
+
+def test_the_card_of_a_policy_names_the_checkpoint_that_was_chosen(policy, tmp_path):
+    """Of one chosen by select_checkpoint; a model that nothing chose says nothing of it."""
+    iteration = tmp_path / "p/iteration-1"
+    shutil.copytree(policy, iteration)
+    scores = [
+        {"manifest_sha256": file_sha256(iteration / f"checkpoints/{k}/manifest.json"), "accuracy": k == 2, "mean_margin": 0.0}
+        for k in (1, 2, 3)
+    ]
+    (iteration / "dev_scores.json").write_text(json.dumps(scores))
+    files = {"checkpoints": iteration / "checkpoints.json", "round_scores": iteration / "dev_scores.json"}
+    chosen = tmp_path / "p/model/manifest.json"
+    assert program("select_checkpoint", **files, out=chosen, scores=tmp_path / "scores.json", settings={}) == 0
+    for manifest, said in ((chosen, True), (iteration / "checkpoints/3/manifest.json", False)):
+        model = MODEL | {"name": "p", "kind": "policy", "method": "DPO"}
+        settings = {"run": "toy", "judge_of_answers": "J", "opponent": "O", "prompt": PROMPT, "models": [model]}
+        arguments = {"models": [f"p={manifest}"], "trainings": [f"p={iteration / 'checkpoints.json'}"], "out_dir": tmp_path}
+        assert program("write_cards", **arguments, settings=settings) == 0
+        assert ("The policy is checkpoint 2 of round 1: " in (tmp_path / "p.md").read_text()) == said
+
+
+@pytest.mark.parametrize("name", ["rm", "p"])
 def test_every_card_carries_ethics_labels_and_licences(cards, name):
     text = cards[name].read_text()
     for words in (
@@ -103,6 +140,6 @@ def test_every_card_carries_ethics_labels_and_licences(cards, name):
 def test_a_model_without_a_manifest_is_named(tmp_path, capsys):
     (tmp_path / "manifest.json").write_text("{}")
     model = MODEL | {"name": "rm", "kind": "reward_model", "method": "m"}
-    settings = {"run": "toy", "judge_of_answers": "J", "opponent": "O", "models": [model]}
+    settings = {"run": "toy", "judge_of_answers": "J", "opponent": "O", "prompt": PROMPT, "models": [model]}
     assert program("write_cards", models=[f"other={tmp_path / 'manifest.json'}"], out_dir=tmp_path, settings=settings) == 1
     assert "no manifest of rm" in capsys.readouterr().err

@@ -264,7 +264,7 @@ def card_settings() -> dict:
         "title": "P",
         "kind": "policy",
         "base": "B",
-        "base_id": "org/B",
+        "chat": {"name": "b", "id": "org/B"},
         "licence": "Apache-2.0",
         "method": "DPO",
         "labels": "made by the rubric, not by people",
@@ -274,6 +274,7 @@ def card_settings() -> dict:
         "run": "r",
         "judge_of_answers": "J",
         "opponent": "O",
+        "prompt": "Client Speech: {{ client_speech }}",
         "note": "A demonstration.",
     }
     return {**facts, "models": [{**model, "recipe": {"beta": 0.1, "max_steps": None, "max_length": 320}}]}
