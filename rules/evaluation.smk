@@ -361,6 +361,22 @@ if len(flow.judges_of_answers) > 1:
         message:
             "Parse the second judge's comparisons of {wildcards.policy}, setting {wildcards.setting}"
 
+    use rule compute_win_rates as compute_win_rates_again with:
+        input:
+            speeches=flow.results("09_judgements/second_judge/speeches.jsonl"),
+            judgements=flow.results("09_judgements/second_judge/{policy}/{setting}.jsonl"),
+            answers=flow.results("08_answers/{policy}/{setting}.jsonl"),
+            opponent=flow.results("08_answers/opponent.jsonl"),
+        output:
+            win_rates=flow.results("09_judgements/second_judge/{policy}/{setting}.win_rates.json"),
+        log:
+            flow.logs("compute_win_rates_again/{policy}.{setting}.log"),
+        params:
+            settings=slices.compute_win_rates_again,
+            code=code("compute_win_rates"),
+        message:
+            "Win rates of {wildcards.policy} under the second judge, setting {wildcards.setting}"
+
     rule compare_judges:
         input:
             judgements=flow.judgements(),

@@ -11,7 +11,7 @@ rule make_tables:
         pairs=expand(flow.results("05_pairs/{split}.jsonl"), split=["train", "dev", "test"]),
         judge=flow.judge_assessment(),
         metrics=[*flow.scorers_with_metrics(), *flow.benchmark_metrics()],
-        win_rates=[*flow.win_rates(), *flow.checkpoint_win_rates()],
+        win_rates=[*flow.win_rates(), *flow.win_rates_again(), *flow.checkpoint_win_rates()],
         assessments=flow.assessments(),
         contamination=flow.results("05_pairs/contamination.json"),
         differences=flow.differences(),

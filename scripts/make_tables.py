@@ -2,11 +2,12 @@
 
 dataset (section 3), topics (Table 5), pool (Table 6), model_groups and pairs (section 3.3), judge_consistency and
 judge_positions (how steady the judge of the responses is), contamination (near duplicates of what is tested on),
-reward_models (Table 1), reward_ablation (Table 2), win_rates (Table 3), and lengths (answer lengths and order effects behind
-Table 3); where there is such, win_rate_differences (between policies), win_rate_principles (of a judge that was asked about
-one principle at a time) and judge_agreement (of two judges of the answers). A row of the paper stands under the row of the
-model that the settings map to it; the paper's other rows stand apart, at the end. A cell without a value is "n/a" with a
-footnote that says why. Inputs that a run does not have (no speeches where it starts at pairs) are left out.
+reward_models (Table 1), reward_ablation (Table 2), win_rates (Table 3), and lengths (answer lengths and order effects
+behind Table 3); where there is such, win_rate_differences (between policies), win_rate_principles (of a judge that was
+asked about one principle at a time), judge_agreement (of two judges of the answers) and win_rates_again (Table 3 under
+the second). A row of the paper stands under the row of the model that the settings map to it; the paper's other rows
+stand apart, at the end. A cell without a value is "n/a" with a footnote that says why. Inputs that a run does not have
+(no speeches where it starts at pairs) are left out.
 """
 
 from collections import Counter
@@ -23,7 +24,15 @@ from psychocounsel.data_tables import (
 )
 from psychocounsel.errors import UserError
 from psychocounsel.monitor_views import join_points, monitor_table
-from psychocounsel.policy_tables import agreement_table, difference_table, doubts, length_table, principle_table, win_rate_table
+from psychocounsel.policy_tables import (
+    agreement_table,
+    difference_table,
+    doubts,
+    length_table,
+    principle_table,
+    second_win_rate_table,
+    win_rate_table,
+)
 from psychocounsel.pool import CHOSEN, REJECTED, RESPONSES, SCORE, Pool, splits
 from psychocounsel.records import read_result
 from psychocounsel.stage import command_line, dropped_by_reason, stage
@@ -47,7 +56,7 @@ OF_SCORES = (  # tables that name who scored the responses, or labelled the pair
     "dataset", "pool", "model_groups", "pairs", "judge_consistency", "judge_positions", "reward_models", "reward_ablation",
 )  # fmt: skip
 # tables whose rows begin with a policy, or with one minus another
-OF_POLICIES = ("win_rates", "lengths", "win_rate_differences", "win_rate_principles", "judge_agreement")
+OF_POLICIES = ("win_rates", "lengths", "win_rate_differences", "win_rate_principles", "judge_agreement", "win_rates_again")
 UNANSWERED = "no usable answer of the model"
 PERSONAL_DATA = {"email": "e-mail addresses", "phone": "telephone numbers", "url": "web addresses"}
 TOPIC_FROM = "Where the topic is from"
@@ -65,7 +74,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=[], help="pairs of this run: train, dev and test")
     parser.add_argument("--judge", nargs="*", default=[], help="assessment of the judge of the responses")
     parser.add_argument("--reward-metrics", nargs="*", default=[], help="metrics of reward models and rankers, RewardBench's among them")
-    parser.add_argument("--win-rates", nargs="*", default=[], help="win rates of policies, and of checkpoints")
+    parser.add_argument("--win-rates", nargs="*", default=[], help="win rates of policies, by a second judge too, and of checkpoints")
     parser.add_argument("--differences", nargs="*", default=[], help="differences between policies")
     parser.add_argument("--agreement", nargs="*", default=[], help="agreement of two judges of the answers")
     parser.add_argument("--assessments", nargs="*", default=[], help="assessments of the same checkpoints")
@@ -119,7 +128,9 @@ def all_tables(
 ) -> list[Table]:
     """Return the tables, each with the note of the settings below it."""
     on_test_pairs, on_benchmark = sort_metrics(metrics)
-    rates, topics = index_win_rates(win_rates), {name: entry["title"] for name, entry in taxonomy.items()}
+    topics = {name: entry["title"] for name, entry in taxonomy.items()}
+    once, again = ([r for r in win_rates if (r["judge"] == settings.judged_again_by) == second] for second in (False, True))
+    rates, rates_again = index_win_rates(once), index_win_rates(again)
     models = [model for size in settings.pool for model in size.models]
     given = settings.starts_at_pairs
     pool = Pool(scores, pairs, splits(speeches, pairs), models, settings.bootstrap, settings.seed, given)
@@ -142,7 +153,8 @@ def all_tables(
         difference_table(differences[0] if differences else None, topics, paper["win_rates"], settings),
         principle_table(rates, settings),
         agreement_table(agreement[0] if agreement else None, settings),
-        monitor_table(join_points(assessments, win_rates), settings.monitored, settings.title, settings.opponent, settings.judge),
+        second_win_rate_table(rates_again, topics, settings),
+        monitor_table(join_points(assessments, once), settings.monitored, settings.title, settings.opponent, settings.judge),
     ]
     tables += [table for table in optional if table.groups]
     doubted = doubts(on_test_pairs, settings)

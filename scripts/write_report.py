@@ -26,7 +26,7 @@ SECTIONS = [  # heading, tables, figures; what a run does not have is left out
     ("Reward models", ["reward_models", "reward_ablation"], ["training_reward_models"]),
     (
         "Policies",
-        ["win_rates", "win_rate_differences", "win_rate_principles", "judge_agreement", "lengths", "monitor"],
+        ["win_rates", "win_rate_differences", "win_rate_principles", "judge_agreement", "win_rates_again", "lengths", "monitor"],
         ["win_rates", "win_rate_topics", "training_policies", "checkpoints", "monitor"],
     ),
     ("Case studies", ["case_studies"], []),

@@ -36,6 +36,7 @@ UNDER = {  # table -> what finds the formula of a cell and what stands under it
     "reward_models": evaluation_lineage.under_reward_models,
     "reward_ablation": evaluation_lineage.under_reward_ablation,
     "win_rates": policy_lineage.under_win_rates,
+    "win_rates_again": policy_lineage.under_win_rates,
     "lengths": policy_lineage.under_lengths,
     "win_rate_differences": policy_lineage.under_differences,
     "win_rate_principles": policy_lineage.under_principles,

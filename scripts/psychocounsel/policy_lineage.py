@@ -231,9 +231,11 @@ def topics_of_speeches(run: RecordLineage, path: str) -> dict[str, str]:
 
 
 def win_rate_file(cell: Cell, run: RecordLineage, policy: str, setting: str) -> tuple[str, dict] | None:
-    """Return the result of a policy in a setting, with its path; None where it was not judged."""
+    """Return the result of a policy in a setting, under the judge of the cell's table, with its path; None where it was not judged."""
+    judge = run.flow.judges_of_answers[cell.table == "win_rates_again"]
     results = ((path, read_result(Path(path), "win_rates")) for path in run.inputs(cell.path, "win_rates"))
-    return next(((path, found) for path, found in results if (found["policy"], found["setting"]) == (policy, setting)), None)
+    wanted = (judge, policy, setting)
+    return next(((path, found) for path, found in results if (found["judge"], found["policy"], found["setting"]) == wanted), None)
 
 
 def judged_under(run: RecordLineage, path: str) -> dict[tuple[str, str, str], Judged]:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 
 from psychocounsel.comparisons import SETTING_TITLES
-from psychocounsel.table_settings import TableSettings
+from psychocounsel.table_settings import Reported, TableSettings
 from psychocounsel.tables import NOT_REPORTED, ORIENTATION, Cell, Missing, Number, Row, Table, count, number, reported_row
 
 PAPERS = {"free": "without_length_constraint", "length": "with_length_constraint"}  # keys of its win rates in config/paper.yaml
@@ -66,6 +66,15 @@ def win_rate_table(
         "In brackets: 95 % bootstrap intervals over speeches; those of the topics stand in the CSV file.",
     ]
     return Table("win_rates", f"Win rates against {settings.opponent} (Table 3)", columns, [*groups, *others], notes)
+
+
+def second_win_rate_table(win_rates: dict[tuple[str, str], dict], topics: dict[str, str], settings: TableSettings) -> Table:
+    """The same under the second judge, on the speeches that it saw; without the paper's rows, which stand beside the first."""
+    shown = [policy for policy in settings.policies if any((policy, setting) in win_rates for setting in SETTINGS)]
+    alone = settings.model_copy(update={"judge": settings.second_judge, "policies": shown, "reported": Reported()})
+    table = win_rate_table(win_rates, [], topics, {"columns": []} | dict.fromkeys(PAPERS.values(), {}), alone)
+    title = f"Win rates against {settings.opponent}, judged by {settings.second_judge} (as Table 3)"
+    return Table("win_rates_again", title, table.columns, table.groups, table.notes)
 
 
 def asked(results: Iterable[dict]) -> list[str]:

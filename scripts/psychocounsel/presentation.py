@@ -112,6 +112,7 @@ class Presentation:
             opponent=self.opponent,
             judge=self.judge_of_answers,
             second_judge=self.second_judge,
+            judged_again_by=flow.judges_of_answers[1] if self.second_judge else None,
             ratings=self.ratings(),
             note=self.config["note"],
             starts_at_pairs=flow.starts_at_pairs,
@@ -130,7 +131,7 @@ class Presentation:
         names += ["reward_models", "reward_ablation", "win_rates", "lengths"]
         names += ["win_rate_differences"] if self.flow.differences() else []
         names += ["win_rate_principles"] if self.flow.policies and self.config["evaluation"]["protocol"] == "one_by_one" else []
-        names += ["judge_agreement"] if self.second_judge else []
+        names += ["judge_agreement", "win_rates_again"] if self.second_judge else []
         return names + (["monitor"] if self.flow.assessments() else [])
 
     def table_options(self) -> str:

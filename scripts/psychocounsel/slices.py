@@ -442,6 +442,11 @@ class Slices:
         return self._win_rates(wildcards.policy, wildcards.setting)
 
     @settings
+    def compute_win_rates_again(self, wildcards) -> dict:
+        """Intervals of a policy's win rates under the second judge."""
+        return self._win_rates(wildcards.policy, wildcards.setting)
+
+    @settings
     def sample_judged_again(self, wildcards) -> dict:
         """Which test speeches the second judge sees: the same share of each coarse topic."""
         count = self.config["evaluation"]["second_judge_speeches"]

@@ -67,6 +67,7 @@ class TableSettings(Settings):
     opponent: str = Field(description="title of the opponent")
     judge: str = Field(description="title of the judge of the answers")
     second_judge: str | None = Field(None, description="title of the second judge of the answers, if there is one")
+    judged_again_by: str | None = Field(None, description="its name in judgements and win rates")
     ratings: Ratings = Field(
         Ratings(), description="{judge, protocol, offline, principles}: who scored the responses, and how (principles: [[id, name], …])"
     )

@@ -425,15 +425,19 @@ class Workflow:
 
     def win_rates(self) -> list[str]:
         """The win rates of the table's policies in both settings."""
-        return [
-            self.results(f"09_judgements/{policy}/{setting}.win_rates.json") for policy in self.policies for setting in ("free", "length")
-        ]
+        return self._judged("win_rates.json")
+
+    def win_rates_again(self) -> list[str]:
+        """The same under the second judge; nothing where there is none."""
+        return self._judged("win_rates.json", SECOND_JUDGE) if len(self.judges_of_answers) > 1 else []
 
     def judgements(self, judge: str = "") -> list[str]:
         """The judgements of the table's policies in both settings: the judge's, or those in the folder of the second."""
-        return [
-            self.results(f"09_judgements/{judge}{policy}/{setting}.jsonl") for policy in self.policies for setting in ("free", "length")
-        ]
+        return self._judged("jsonl", judge)
+
+    def _judged(self, ending: str, judge: str = "") -> list[str]:
+        places = [f"{judge}{policy}/{setting}" for policy in self.policies for setting in ("free", "length")]
+        return [self.results(f"09_judgements/{place}.{ending}") for place in places]
 
     def differences(self) -> list[str]:
         """How far policies that differ in one thing differ in their win rates; nothing where there are no two such."""

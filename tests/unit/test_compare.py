@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
+import make_tables
 from psychocounsel import winrates
 from psychocounsel.agreement import agreement
 from psychocounsel.policy_tables import agreement_table, difference_table, principle_table
@@ -224,6 +225,27 @@ def test_both_judges_are_named_with_what_each_found(monkeypatch, folder):
         assert "nan" not in render(made).lower().replace("finan", "")
     assert made.title == "Agreement of Judge One and Judge Two"
     assert "Cohen's kappa low" in to_csv(made)
+
+
+def test_win_rates_under_the_second_judge_stand_apart():
+    """Table 3 and all that stands behind it are the first judge's alone; the second's has no rows of the paper."""
+    from test_tables import PAPER, TAXONOMY, win_rates
+
+    def all_tables(found: list[dict], options: TableSettings) -> dict[str, str]:
+        made = make_tables.all_tables(*[[]] * 8, found, *[[]] * 4, TAXONOMY, PAPER, options)
+        return {table.name: to_markdown(table) for table in made}
+
+    first = [win_rates(policy, setting) for policy in ("base", "dpo") for setting in ("free", "length")]
+    rates = {"overall": {"win_rate": 0.125, "n": 4, "low": 0.0, "high": 0.5}, "topics": {}}
+    second = [win_rates("dpo", "free") | {"judge": "k", "protocols": {"paper": rates, "robust": rates}}]
+    options = OPTIONS.model_copy(update={"judged_again_by": "k"})
+    both, alone = all_tables([*second, *first], options), all_tables(first, options)
+    again = both.pop("win_rates_again")
+    assert both == alone
+    assert "12.5" in again
+    assert "judged by Judge Two" in again
+    assert not any(words in again for words in ("| paper", "Judge One", "Test speeches"))
+    assert {line.split("|")[1].strip() for line in again.splitlines() if "orders" in line and "|" in line} == {"Base + DPO"}
 
 
 def test_win_rates_by_principle_stand_where_the_judge_was_asked_one_at_a_time():

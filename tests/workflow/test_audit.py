@@ -45,6 +45,7 @@ TABLES = [
     "lengths",
     "win_rate_differences",
     "judge_agreement",
+    "win_rates_again",
     "monitor",
 ]
 SCORES, PAIRS = RUN / "04_ratings/scores.jsonl", RUN / "05_pairs/train.jsonl"

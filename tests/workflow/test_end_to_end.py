@@ -187,6 +187,9 @@ def test_the_judges_agreement_follows_from_both_judges_files(project, finished):
         assert len(second) == 4 < len(first)
         by_hand = sum(first[speech] == second[speech] for speech in second) / 4
         assert row["protocols"]["robust"]["agreement"]["value"] == pytest.approx(by_hand)
+        place = f"09_judgements/second_judge/{row['policy']}/{row['setting']}.win_rates.json"
+        rate = json.loads(project.path(place).read_text())["protocols"]["robust"]["overall"]
+        assert (rate["n"], rate["win_rate"]) == (4, pytest.approx(sum(second.values()) / 4))
 
 
 def test_checkpoints_of_all_rounds_are_monitored(project, finished):
