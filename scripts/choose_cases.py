@@ -20,8 +20,11 @@ from psychocounsel.winrates import verdicts_by_speech
 VERDICTS = {"win": "won", "loss": "lost"}
 # A second guard, since topics are labels that a judge may get wrong: such a speech is never quoted, whatever its topic.
 CRISIS_WORDS = re.compile(
-    r"suicid|kill(ing)? (my|him|her|them)sel|end(ing)? (my|it|their) (life|all)|want(ed)? to die|self[- ]?harm|(cut|hurt)(ting|ing)? myself"
-    r"|overdos|abus(e|ed|ive)\b|rape|molest|assault|anorexi|bulimi|purg(e|ing)|starv",
+    r"suicid|(kill|cut|hurt|hang|shoot|burn)(s|ed|ing|ting)? (my|your|him|her|them)sel|(shot|hung) (my|him|her|them)sel|self[- ]?harm"
+    r"|end(s|ed|ing)? (my|it|his|her|their) (life|lives|all)|(tak|took)\w* (my|his|her|their) own li(fe|ves)|better off (dead|without me)"
+    r"|(want|wish)(s|es|ed|ing)? (to die|to be dead|(i|he|she) (was|were) dead)"
+    r"|(not|n['’]t|no longer) want(ing)? to (live|be alive|wake up)"
+    r"|overdos|\babus|\brap(e|ing|ist)|molest|assault|anorexi|bulimi|purg(e|ing)|starv",
     re.IGNORECASE,
 )
 

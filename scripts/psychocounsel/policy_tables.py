@@ -63,7 +63,8 @@ def win_rate_table(
         f"Percent of comparisons won against {settings.opponent}, judged by {settings.judge}.",
         *asked(win_rates.values()),
         ORDERS,
-        "In brackets: 95 % bootstrap intervals over speeches; those of the topics stand in the CSV file.",
+        "In brackets: 95 % bootstrap intervals over speeches; those of the topics stand in the CSV file. Where all speeches came out alike,"
+        " as a single one does, an interval has no width and tells nothing.",
     ]
     return Table("win_rates", f"Win rates against {settings.opponent} (Table 3)", columns, [*groups, *others], notes)
 

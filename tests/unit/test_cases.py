@@ -68,6 +68,20 @@ def test_the_rule_and_the_judge_stand_under_the_table(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "My brother killed himself in May.", "He shot himself.", "She took her own life.", "He ended his life.", "I keep cutting myself.",
+        "I don’t want to live like this.", "I wish I was dead.", "They would be better off without me.", "My ex was abusing me.",
+    ],
+)  # fmt: skip
+def test_words_of_a_crisis_are_known_whatever_the_topic(words):
+    told = {"source": "open", "topic": "grief-and-loss", "coarse_topic": "emotional_well_being"}
+    settings = CaseSettings(**SETTINGS)
+    assert not quotable({**told, "text": words}, settings)
+    assert quotable({**told, "text": "I want to live by the sea, cut down on grapes, and end it with him."}, settings)
+
+
+@pytest.mark.parametrize(
     "change",
     [{"source": "closed"}, {"topic": "self-harm"}, {"coarse_topic": "crisis_and_safety"}, {"text": "Some days I want to die."}],
     ids=["not quotable", "crisis topic", "coarse crisis topic", "words of crisis"],
