@@ -36,7 +36,7 @@ from psychocounsel.policy_tables import (
 from psychocounsel.pool import CHOSEN, REJECTED, RESPONSES, SCORE, Pool, splits
 from psychocounsel.records import read_result
 from psychocounsel.stage import command_line, dropped_by_reason, stage
-from psychocounsel.table_settings import Ablation, TableSettings
+from psychocounsel.table_settings import Ablation, TableSettings, section_column
 from psychocounsel.tables import (
     AT_CHANCE,
     FORMATS,
@@ -145,7 +145,7 @@ def all_tables(
         judge_positions_table(judge[0] if judge else None, dict(settings.ratings.principles), settings.ratings.offline),
         contamination_table(contamination[0] if contamination else None, settings.title),
         reward_model_table(on_test_pairs, paper, settings),
-        ablation_table(on_test_pairs, on_benchmark, paper["reward_ablation"], settings),
+        ablation_table(on_test_pairs, on_benchmark, list(paper["rewardbench_sections"]), paper["reward_ablation"], settings),
         win_rate_table(rates, speeches, topics, paper["win_rates"], settings),
         length_table(rates, settings),
     ]
@@ -376,26 +376,29 @@ def reported_reward_model_row(title: str, entry: dict, paper: dict) -> Row:
     return Row([title, "paper", Number(entry["acc"], 1), *cells, *[NOT_REPORTED] * 4, count(paper["dataset"]["pairs"]["test"])])
 
 
-def ablation_table(metrics: dict[str, dict], benchmark: dict[str, dict], paper: list[dict], settings: TableSettings) -> Table:
-    """General preference data alone and with ours (Table 2)."""
+def ablation_table(
+    metrics: dict[str, dict], benchmark: dict[str, dict], sections: list[str], paper: list[dict], settings: TableSettings
+) -> Table:
+    """General preference data alone and with ours (Table 2), with RewardBench's sections."""
     by_row = {f"{entry['base']}, {entry['data']}": entry for entry in paper}
     mapped = settings.reported.ablation
     rows = []
     for entry in settings.ablation:
-        rows.append(ablation_row(entry, metrics.get(entry.model), benchmark.get(entry.model)))
+        rows.append(ablation_row(entry, metrics.get(entry.model), benchmark.get(entry.model), sections))
         if entry.model in mapped:
-            rows.append(reported_ablation_row(entry.base, entry.data, reported_row(by_row, mapped[entry.model])))
-    others = [reported_ablation_row(entry["base"], entry["data"], entry) for row, entry in by_row.items() if row not in mapped.values()]
-    columns = ["Base", "Training data", "Source", "Acc. (%)", "AUC", "Brier", "ECE", "RewardBench (%)"]
+            rows.append(reported_ablation_row(entry.base, entry.data, reported_row(by_row, mapped[entry.model]), sections))
+    unmapped = [entry for row, entry in by_row.items() if row not in mapped.values()]
+    others = [reported_ablation_row(entry["base"], entry["data"], entry, sections) for entry in unmapped]
+    columns = ["Base", "Training data", "Source", "Acc. (%)", "AUC", "Brier", "ECE", "RewardBench (%)", *map(section_column, sections)]
     notes = [
-        "RewardBench: mean of its sections Chat, Chat Hard, Safety and Reasoning, each a mean over prompts, mathematics as much as code.",
+        f"RewardBench: mean of its sections {', '.join(sections)}, each a mean over prompts, mathematics as much as code.",
         "In brackets: 95 % bootstrap intervals over speeches; of RewardBench over the prompts of each subset.",
     ]
     title = "Reward models trained on general data, without and with ours (Table 2)"
     return Table("reward_ablation", title, columns, [("Reward models of this run", rows), (ORIENTATION, others)], notes)
 
 
-def ablation_row(entry: Ablation, result: dict | None, benchmark: dict | None) -> Row:
+def ablation_row(entry: Ablation, result: dict | None, benchmark: dict | None, sections: list[str]) -> Row:
     """A measured row of Table 2."""
     absent = Missing("Not measured in this run.")
     cells = (
@@ -403,18 +406,21 @@ def ablation_row(entry: Ablation, result: dict | None, benchmark: dict | None) -
         if result is None
         else [number(result["accuracy"], "", 1, 100), *(number(result[m], "Undefined.") for m in ("auc", "brier", "ece"))]
     )
-    overall, notes = Missing("RewardBench was not run for this model."), [AT_CHANCE] if result and result["at_chance"] else []
+    scores: list[Cell] = [Missing("RewardBench was not run for this model.")] * (1 + len(sections))
+    notes = [AT_CHANCE] if result and result["at_chance"] else []
     if benchmark:
-        overall = number(benchmark["sections"]["overall"], "No subset had a pair.", 1, 100)
+        found = benchmark["sections"]["scores"]
+        scores = [number(benchmark["sections"]["overall"], "No subset had a pair.", 1, 100)]
+        scores += [Number(100 * found[name], 1) if name in found else Missing("No subset of this section had a pair.") for name in sections]
         if benchmark["sections"]["missing"]:
             notes.append(f"RewardBench without the subsets that had no pair: {', '.join(benchmark['sections']['missing'])}.")
-    return Row([entry.base, entry.data, "this run", *cells, overall], notes)
+    return Row([entry.base, entry.data, "this run", *cells, *scores], notes)
 
 
-def reported_ablation_row(base: str, data: str, entry: dict) -> Row:
+def reported_ablation_row(base: str, data: str, entry: dict, sections: list[str]) -> Row:
     """A row of the paper's Table 2."""
     figures = [Number(entry["acc"], 1), *(Number(entry[m], 3) for m in ("auc", "brier", "ece")), Number(entry["rewardbench"], 1)]
-    return Row([base, data, "paper", *figures])
+    return Row([base, data, "paper", *figures, *[NOT_REPORTED] * len(sections)])
 
 
 if __name__ == "__main__":

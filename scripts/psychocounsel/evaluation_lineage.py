@@ -12,7 +12,7 @@ from psychocounsel.record_lineage import RecordLineage
 from psychocounsel.records import read_result
 from psychocounsel.stage import parse_settings
 from psychocounsel.table_cells import Cell, named
-from psychocounsel.table_settings import TableSettings
+from psychocounsel.table_settings import TableSettings, section_column
 
 METRICS = {  # columns of the tables of reward models -> metric, and how it is computed
     "Acc. (%)": (
@@ -44,6 +44,8 @@ def under_reward_ablation(cell: Cell, run: RecordLineage, settings: TableSetting
     if cell.base == "RewardBench (%)":
         formula = "100 x mean of the section scores, each a weighted mean over the pairs of its subsets"
         return formula, metrics(cell, run, name, "sections", benchmark=True)
+    if section := {section_column(section): section for section in run.flow.study.paper["rewardbench_sections"]}.get(cell.base):
+        return "100 x weighted mean over the subsets of this section", metrics(cell, run, name, section, benchmark=True)
     metric, formula = METRICS[cell.base]
     return formula, metrics(cell, run, name, metric, benchmark=False)
 
@@ -76,8 +78,9 @@ def metrics(cell: Cell, run: RecordLineage, name: str, metric: str, benchmark: b
         "n": len(verdicts),
         "sections": evaluate_rewards.benchmark(right, by_id, settings) if settings.sections else None,
     }
-    no_orders = dict.fromkeys(("consistent_right", "first_share"))
-    result, again = (no_orders | found | (found["orders"] or {}) for found in (result, again))
+    absent = dict.fromkeys(("consistent_right", "first_share", metric))
+    parts = [(found["orders"] or {}) | (found["sections"] or {"scores": {}})["scores"] for found in (result, again)]
+    result, again = (absent | found | part for found, part in zip((result, again), parts, strict=True))
     label = "mean of the sections" if metric == "sections" else metric
     what = f"{label} of {name}: {value_of(result[metric])}; again from {len(rows)} verdicts: {value_of(again[metric])}"
     node = Node(what, path, agrees=again[metric] == result[metric])

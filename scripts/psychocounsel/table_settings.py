@@ -29,6 +29,11 @@ class Ablation(Part):
     data: str
 
 
+def section_column(section: str) -> str:
+    """Return the column of Table 2 that holds a section of RewardBench."""
+    return f"{section} (%)"
+
+
 class Reported(Part):
     """Which rows of the paper are those of this run's models: name -> the paper's row."""
 

@@ -242,8 +242,10 @@ def test_benchmark_results_are_told_apart_from_test_results():
     sections = {"scores": {"Chat": 0.8}, "overall": ESTIMATE, "subsets": {}, "missing": ["hep-go"]}
     test, benchmark = sort_metrics([metrics("m"), metrics("m", sections=sections)])
     rows = [{"model": "m", "base": "B", "data": "D"}, {"model": "n", "base": "B", "data": "E"}]
-    made = ablation_table(test, benchmark, PAPER["reward_ablation"], settings(ablation=rows))
-    assert cells(made, "B", "this run")[-1] == Number(80, 1, 70, 90)
+    made = ablation_table(test, benchmark, ["Chat", "Safety"], PAPER["reward_ablation"], settings(ablation=rows))
+    assert made.columns[-3:] == ["RewardBench (%)", "Chat (%)", "Safety (%)"]
+    nothing = Missing("No subset of this section had a pair.")
+    assert cells(made, "B", "this run")[-3:] == [Number(80, 1, 70, 90), Number(80, 1), nothing]
     assert "without the subsets that had no pair: hep-go" in tables.to_markdown(made)
     with pytest.raises(UserError, match="two files"):
         sort_metrics([metrics("m"), metrics("m")])
@@ -328,7 +330,7 @@ def test_no_cell_is_empty_or_nan_in_any_format(render):
     results = index_win_rates([win_rates("p", "free")])
     for made in (
         reward_model_table({"m": metrics("m", temperature=None)}, PAPER, options),
-        ablation_table({}, {}, PAPER["reward_ablation"], options),
+        ablation_table({}, {}, ["Chat"], PAPER["reward_ablation"], options),
         win_rate_table(results, [], TOPICS, PAPER["win_rates"], options),
         length_table(results, options),
     ):

@@ -128,7 +128,7 @@ def test_models_are_whole_and_differ_and_only_what_the_config_keeps_is_there(pro
 
 def test_tables_have_no_empty_cell(project, finished):
     tables = sorted(project.path("10_tables").glob("*.csv"))
-    assert len(tables) == 17
+    assert len(tables) == 18
     for table in tables:
         for row in csv.DictReader(table.open()):
             assert all(cell.strip() and cell.strip().lower() != "nan" for name, cell in row.items() if name != "notes"), (table.name, row)
@@ -155,6 +155,7 @@ def test_the_ablation_is_measured_and_its_benchmark_recounted(project, finished)
         }
         by_section = [sum(w * right[s] for s, w in weights.items()) / sum(weights.values()) for weights in sections.values()]
         assert float(row["RewardBench (%)"]) == pytest.approx(100 * sum(by_section) / 4, abs=0.001)
+        assert [float(row[f"{section} (%)"]) / 100 for section in sections] == pytest.approx(by_section, abs=0.00001)
         assert row["Acc. (%)"] != "n/a"
 
 
