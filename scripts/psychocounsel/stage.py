@@ -13,6 +13,7 @@ beside each stands its provenance record, `<output>.prov.json`.
 """
 
 import argparse
+import errno
 import logging
 import os
 import shutil
@@ -33,6 +34,8 @@ from psychocounsel.errors import UserError, nearest
 from psychocounsel.records import check_manifest, content_hash, dump_records, file_sha256, is_removed, iter_records, write_manifest
 
 CODE_VERSION = 1  # counts in code fingerprints instead of this module's text
+
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # the user's to mend; no bug, and no traceback
 
 log = logging.getLogger("psychocounsel")
 
@@ -307,6 +310,10 @@ def stage(parser: argparse.ArgumentParser) -> Iterator[Stage]:
             run.abandon()
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        if run and isinstance(error, OSError) and error.errno in DISK_FAULTS:
+            place = error.filename or ", ".join(sorted({str(path.parent) for path in (*run.outputs, *run.folders)}))
+            print(f"error: {place}: {error.strerror}; mend that and run it again: what is finished stays", file=sys.stderr)
             sys.exit(1)
         raise
 

@@ -49,6 +49,8 @@ def main():
             (run.output_model(run.args.model) / "weights").write_text("w")
         if run.settings.fail == "user":
             raise UserError("this is wrong; mend it")
+        if run.settings.fail == "disk":
+            raise OSError(28, "No space left on device")
         if run.settings.fail == "bug":
             raise RuntimeError("a bug")
         over = 0 if run.settings.fail == "count" else len(rows) - len(kept)
@@ -111,6 +113,7 @@ def test_identity_does_not_change_from_run_to_run(program, tmp_path):
         (["keep"], "expected a JSON object or key=value"),
         (['{"keep": '], "not JSON"),
         (["keep=2", "fail=user"], "error: this is wrong; mend it"),
+        (["keep=2", "fail=disk"], "error: out: No space left on device; mend that and run it again"),
     ],
 )
 def test_user_errors_are_one_message(program, tmp_path, settings, message):
