@@ -375,8 +375,9 @@ def refuse_too_many(
         reasons = Counter(failure.reason.split(":")[0] for failure in failures)
         listed = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(5))
         raise UserError(
-            f"{spec.name}: {len(failures)} of {requests} requests have no usable answer, more than max_failed_share = {max_share:g} allows:"
-            f" {listed}. Their texts are in {journal}.{f' {unasked:,} requests were not asked any more.' if unasked else ''}"
+            f"{spec.name}, endpoint {spec.endpoint}: {len(failures)} of {requests} requests have no usable answer, more than"
+            f" max_failed_share = {max_share:g} allows: {listed}."
+            f" Their texts are in {journal}.{f' {unasked:,} requests were not asked any more.' if unasked else ''}"
             " Run again: the answers are kept, the failures are asked again."
         )
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 
+import jinja2
+import jinja2.meta
 import jsonschema
 import orjson
 import yaml
@@ -16,6 +18,17 @@ from psychocounsel.pins import is_unpinned_model, is_unpinned_source, pin_models
 from psychocounsel.records import SCHEMAS
 
 CODE_VERSION = 1  # no program's result depends on how the config is checked
+
+PROMPTS = {  # where the config names a prompt, and what its text may use
+    ("topics", "prompt"): ["client_speech", "coarse"],
+    ("responses", "prompt"): ["client_speech"],
+    ("ratings", "prompt"): ["client_speech", "responses", "principle"],
+    ("ratings", "together_prompt"): ["client_speech", "responses", "principles"],
+    ("reward_evaluation", "ranker_prompt"): ["client_speech", "responses"],
+    ("evaluation", "prompt"): ["client_speech", "responses", "principles"],
+    ("evaluation", "one_by_one_prompt"): ["client_speech", "responses", "principle", "principles"],
+    ("evaluation", "length_prompt"): ["client_speech", "words"],
+}
 
 KeyPath = tuple[str | int, ...]
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster, where PyYAML was built with it
@@ -383,12 +396,11 @@ def reference_errors(study: Study) -> Iterator[str]:
     yield from unknown_each(("report", "crisis_topics"), config["report"]["crisis_topics"], "topic", topics)
 
     prompts = sorted(p.stem for p in Path(config["files"]["prompts"]).glob("*.jinja"))
-    for path in (
-        ("topics", "prompt"), ("responses", "prompt"), ("ratings", "prompt"), ("ratings", "together_prompt"),
-        ("reward_evaluation", "ranker_prompt"), ("evaluation", "prompt"), ("evaluation", "one_by_one_prompt"),
-        ("evaluation", "length_prompt"),
-    ):  # fmt: skip
-        yield from unknown(path, config[path[0]][path[1]], f"prompt in {config['files']['prompts']}", prompts)
+    for path, variables in PROMPTS.items():
+        name = config[path[0]][path[1]]
+        yield from unknown(path, name, f"prompt in {config['files']['prompts']}", prompts)
+        if name in prompts:
+            yield from prompt_faults(study.prompt_path(name), variables)
     for key in ("reward_models", "policies"):
         for index, entry in enumerate(config[key]):
             if "recipe" in entry and not Path(entry["recipe"]).is_file():
@@ -415,6 +427,19 @@ def shared_names(study: Study) -> Iterator[str]:
     for name in sorted(study.models.keys() & study.sources.keys()):
         line = locate((name,), [Path(f) for f in config["files"]["models"]])
         yield f"{line}: models.{name} is the name of a source too; choose another."
+
+
+def prompt_faults(file: Path, variables: list[str]) -> Iterator[str]:
+    """Yield one message for each place where a prompt is no Jinja template, or uses a variable that nothing fills."""
+    try:
+        template = jinja2.Environment().parse(file.read_text(encoding="utf-8"))
+    except jinja2.TemplateSyntaxError as error:
+        yield f"{file}:{error.lineno}: not a Jinja template: {error.message}"
+        return
+    unfilled = jinja2.meta.find_undeclared_variables(template) - set(variables)
+    for node in template.find_all(jinja2.nodes.Name):
+        if node.name in unfilled:
+            yield f"{file}:{node.lineno}: no variable {node.name!r}.{nearest_or_all(node.name, variables)}"
 
 
 def about_unpinned(unpinned: dict[str, str], config: dict) -> str:

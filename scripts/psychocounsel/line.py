@@ -231,7 +231,8 @@ class Line:
 def status_reason(status: int, code: str | None, message: str | None, where: object, key: str | None, model: str) -> str:
     """Return the reason of a passing fault that has a status; raise UserError or RefusedRequest for another, as `Line.reason` does."""
     if status in (401, 403) or code == "invalid_api_key":  # the endpoint's own message may quote the key
-        raise UserError(f"{where} refuses the key in {key} for {model} (HTTP {status}). {KEPT}")
+        said = f"refuses the key in {key}" if key else "wants a key: name its environment variable in `api_key_env` of endpoints.yaml,"
+        raise UserError(f"{where} {said} for {model} (HTTP {status}). {KEPT}")
     if status == 402 or code in ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"):
         raise UserError(f"{where}: the account is exhausted (HTTP {status}); top it up. {KEPT}")
     if status == 404 or code == "model_not_found":

@@ -341,3 +341,10 @@ def test_a_judge_that_obeys_a_response_out_of_format_is_a_failure(tmp_path, obey
     with FakeServer(lambda body, nth: Reply(obeyed)) as server:
         answers, failures, _ = rate(tmp_path, server)
     assert (len(answers), len(failures)) == (0, 1)
+
+
+def test_an_endpoint_that_wants_a_key_where_none_is_named_says_where_to_name_it():
+    with pytest.raises(
+        UserError, match=r"http://there wants a key: name its environment variable in `api_key_env` of endpoints.yaml, for m"
+    ):
+        line.status_reason(401, None, "who are you?", "http://there", None, "m")

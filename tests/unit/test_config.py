@@ -1,6 +1,7 @@
 """The config is checked before any job: each message names file, line, key, value and remedy."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,29 @@ def test_a_study_that_is_no_config_is_named_before_snakemake_reads_it(tmp_path, 
         (tmp_path / "mine.yaml").write_bytes(content)
     with pytest.raises(UserError, match=message):
         check_config_files(["--profile", "slurm", "--configfile", "config/demo.yaml", str(tmp_path / "mine.yaml"), "--", "dataset"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "respond",
+            "{# Box 7 #}\nAnswer.\n{{ client_speach }}",
+            r"respond\.jinja:3: no variable 'client_speach'. Did you mean 'client_speech'?",
+        ),
+        (
+            "rate",
+            "{% for r in responses %}{{ r.text }}{% endfor %}{{ words }}",
+            r"rate\.jinja:1: no variable 'words'. Allowed: client_speech,",
+        ),
+        ("judge", "Compare.\n{{ responses", r"judge\.jinja:2: not a Jinja template: "),
+    ],
+)
+def test_a_prompt_that_could_not_be_filled_is_told_before_any_job(tmp_path, name, text, message):
+    shutil.copytree("config/prompts", tmp_path / "prompts")
+    (tmp_path / f"prompts/{name}.jinja").write_text(text)
+    with pytest.raises(UserError, match=message):
+        study_of(tmp_path, f"files: {{prompts: {tmp_path}/prompts}}\n")
 
 
 def test_a_file_of_ones_own_that_is_not_there_is_named(tmp_path):
