@@ -377,7 +377,7 @@ def refuse_too_many(
         raise UserError(
             f"{spec.name}, endpoint {spec.endpoint}: {len(failures)} of {requests} requests have no usable answer, more than"
             f" max_failed_share = {max_share:g} allows: {listed}."
-            f" Their texts are in {journal}.{f' {unasked:,} requests were not asked any more.' if unasked else ''}"
+            f" Reasons and texts are in {journal}.{f' {unasked:,} requests were not asked any more.' if unasked else ''}"
             " Run again: the answers are kept, the failures are asked again."
         )
 

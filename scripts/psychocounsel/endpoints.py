@@ -87,5 +87,8 @@ def read_endpoint(path: Path, name: str | None) -> Endpoint:
     try:
         return Endpoint.model_validate(entries[name])
     except ValidationError as error:
-        faults = (": ".join(filter(None, (".".join(map(str, f["loc"])), f["msg"]))) for f in error.errors(include_url=False))
+        faults = []
+        for fault in error.errors(include_url=False):
+            field, words = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+            faults.append(f"{field}: {words}" if field else words)
         raise UserError(f"{path}: {name}: {'; '.join(faults)}") from None

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import math
 import random
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -237,11 +238,13 @@ def status_reason(status: int, code: str | None, message: str | None, where: obj
         raise UserError(f"{where}: the account is exhausted (HTTP {status}); top it up. {KEPT}")
     if status == 404 or code == "model_not_found":
         raise UserError(f"{where} knows no model {model!r}: see `id` in models.yaml, `base_url` in endpoints.yaml. {KEPT}")
+    # What stands before the colon is counted and shown; a message may quote the request, a code of one word does not.
+    reason = f"HTTP {status}{f' {code}' if re.fullmatch(r'[a-z_]{1,60}', str(code)) else ''}: {message}"
     if status in (408, 409, 429) or status >= 500:
-        return f"HTTP {status}: {message}"
+        return reason
     if code in ("content_filter", "content_policy_violation"):
-        raise RefusedRequest(f"{REFUSALS['content_filter']}: HTTP {status}: {message}")
-    raise RefusedRequest(f"HTTP {status}: {message}")
+        raise RefusedRequest(f"{REFUSALS['content_filter']}: {reason}")
+    raise RefusedRequest(reason)
 
 
 def unbilled(error: BaseException) -> bool:

@@ -215,7 +215,7 @@ def test_an_answer_that_stays_unusable_is_a_failure_with_every_text_and_asked_an
 @pytest.mark.parametrize(
     ("reply", "times", "reason"),
     [
-        (error(400, "context_length_exceeded", "too long"), 1, "HTTP 400: too long"),
+        (error(400, "context_length_exceeded", "too long"), 1, "HTTP 400 context_length_exceeded: too long"),
         (error(400, "content_filter", "no"), 1, "stopped by a content filter"),
         (error(500, message="oops"), 3, "HTTP 500: oops"),
         (error(429, message="busy"), 3, "HTTP 429: busy"),

@@ -193,6 +193,18 @@ def test_a_fault_that_stays_becomes_a_failure(tmp_path):
     assert totals["failed"] == 1
 
 
+def test_what_ends_a_run_names_the_codes_of_the_endpoint_and_no_words_of_clients(tmp_path):
+    refusals = [error(400, "context_length_exceeded", "secret"), error(400, "said: secret words", "secret"), error(422, message="secret")]
+    says = r"HTTP 400 context_length_exceeded \(1\), HTTP 400 \(1\), HTTP 422 \(1\)\."
+    with (
+        FakeServer(lambda body, nth: refusals[int(body["messages"][-1]["content"][-1])]) as server,
+        pytest.raises(UserError, match=says) as caught,
+    ):
+        ask(tmp_path, server, requests(3))
+    assert "secret" not in str(caught.value)
+    assert "secret" in (tmp_path / "journal.jsonl").read_text()
+
+
 def test_a_refused_request_is_asked_once(tmp_path):
     with FakeServer(lambda body, nth: error(400, "context_length_exceeded")) as server:
         _, (failure,), _ = ask(tmp_path, server, requests(1), max_failed_share=1)

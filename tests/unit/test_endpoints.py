@@ -27,7 +27,7 @@ def test_an_unknown_endpoint_or_key_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("{kind: openai}", "openai: .*base_url"),
+        ("{kind: openai}", "openai: the kind openai needs base_url"),
         ("{kind: batch, base_url: null}", "openai: .*base_url"),
         ("{kind: serve, start_timeout_s: 5}", "openai: .*server"),
         ("{kind: serve, server: vllm}", "openai: .*start_timeout_s"),
