@@ -393,6 +393,7 @@ def test_the_rubric_answers_offline(tmp_path):
 # The benchmark ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs():
     sizes = ["--requests", "30", "--in-flight", "10", "--delay", "0.01", "--sustain", "0.2", "--many", "50"]
     done = subprocess.run([sys.executable, "benchmarks/chat_throughput.py", *sizes], capture_output=True, text=True)

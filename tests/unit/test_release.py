@@ -140,6 +140,7 @@ def test_trl_config_holds_the_pairs_as_conversations(run, released):
             }
 
 
+@pytest.mark.slow
 def test_trl_takes_the_conversations_as_they_are(released):
     """In a process of its own: trl's own functions on the rows, as its trainers call them."""
     code = """
