@@ -1,8 +1,8 @@
 """Raw files of client speeches, recorded answers and preference data: one reader of tables, one adapter a source of speeches.
 
 An adapter says in which columns a source keeps a speech, its topic and its own id; sources.yaml may name other columns.
-A table's format is told by its first bytes, not by its name: CSV, JSON (a list of objects), JSON Lines (either may be
-gzipped) or Parquet.
+A table's format is told by its first bytes, not by its name: CSV (parted by commas, semicolons or tabs), JSON (a list of
+objects), JSON Lines (each may be gzipped) or Parquet.
 """
 
 import csv
@@ -10,8 +10,10 @@ import gzip
 import io
 import json
 import math
+import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ def label(cell: object) -> str | None:
     """Return a topic or key as text; None where the cell is empty."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return None
-    return str(cell).strip() or None
+    return str(cell).encode(errors="replace").decode().strip() or None  # JSON can hold half of a surrogate pair, UTF-8 cannot
 
 
 def first_label(cell: object) -> str | None:
@@ -158,6 +160,8 @@ def read_table(path: Path) -> list[dict]:
         raise UserError(f"{path}: a zip archive, as Excel's files are; unpack it, or save the table as CSV (UTF-8)")
     text = decode(path, raw)
     opening = text.lstrip()[:1]
+    if text.lstrip()[:14].lower().startswith(("<!doctype html", "<html")):
+        raise UserError(f"{path}: a web page, not a table: a page to sign in, or of an error, was saved in place of the file")
     rows = json_rows(path, text) if opening == "[" else json_lines(path, text) if opening == "{" else csv_rows(path, text)
     if not rows:
         raise UserError(f"{path}: no data rows")
@@ -176,10 +180,13 @@ def decode(path: Path, raw: bytes) -> str:
 
 
 def csv_rows(path: Path, text: str) -> list[dict]:
-    """Read CSV with a header."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    """Read CSV with a header, whose fields are parted as those of the header are."""
+    header = re.sub('"[^"]*"', "", re.match(r"[^\r\n]*", text).group())
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=header.count))
     rows = []
     try:
+        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]:
+            raise UserError(f"{path}: several columns are named {twice[0]!r}; rename all but one")
         for row in reader:
             if None in row or None in row.values():
                 fields = len(reader.fieldnames)
@@ -188,7 +195,7 @@ def csv_rows(path: Path, text: str) -> list[dict]:
                 )
             rows.append(row)
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+        raise UserError(f"{path}:{reader.line_num + 1}: broken CSV in the row that begins here ({error})") from None
     return rows
 
 

@@ -78,9 +78,26 @@ def user(text: object) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
+def whole(cell: object) -> object:
+    """Return the whole number that a cell holds as a text (CSV) or as a float (a column with gaps); any other cell as it is."""
+    if isinstance(cell, str) and re.fullmatch(r"-?\d+(\.0)?", cell):
+        return int(float(cell))
+    return int(cell) if isinstance(cell, float) and cell.is_integer() else cell
+
+
+def own_side(cell: object) -> str | None:
+    """Return the side that a file gives a pair, None where it gives none; raise NoPair for another word."""
+    side = label(cell)
+    if side in ("val", "validation"):
+        return "dev"
+    if side not in (None, "train", "dev", "test"):
+        raise NoPair("unknown split", side)
+    return side
+
+
 def helpsteer2(row: dict) -> Preference:
     """HelpSteer2's preference subset: strength -3 (response_1 is much better) to 3 (response_2 is)."""
-    strength = row["preference_strength"]
+    strength = whole(row["preference_strength"])
     if not isinstance(strength, int) or not -3 <= strength <= 3:
         raise NoPair("no preference_strength of -3 to 3", type(strength).__name__)
     if strength == 0:
@@ -90,10 +107,7 @@ def helpsteer2(row: dict) -> Preference:
     answers = (row["response_1"], row["response_2"])
     first, *turns = re.split(r"\n?<extra_id_1>(User|Assistant)\n", row["prompt"])  # a conversation's later turns are marked so
     prompt = user(first) + [{"role": role.lower(), "content": text} for role, text in zip(turns[::2], turns[1::2], strict=True)]
-    split = {"train": "train", "val": "dev", "validation": "dev"}.get(row["split"])
-    if split is None:
-        raise NoPair("unknown split", str(row["split"]))
-    return Preference(prompt, *(answers if strength < 0 else answers[::-1]), split=split)
+    return Preference(prompt, *(answers if strength < 0 else answers[::-1]), split=own_side(row["split"]))
 
 
 def hh_rlhf(row: dict) -> Preference:
@@ -116,10 +130,11 @@ def hh_messages(conversation: object) -> list[dict]:
 
 def llmbar(row: dict) -> Preference:
     """LLMBar: `label` says which of output_1 and output_2 is better."""
-    if row["label"] not in (1, 2):
-        raise NoPair("no label of 1 or 2", str(row["label"]))
+    better = whole(row["label"])
+    if better not in (1, 2):
+        raise NoPair("no label of 1 or 2", str(better))
     answers = (row["output_1"], row["output_2"])
-    return Preference(user(row["input"]), *(answers if row["label"] == 1 else answers[::-1]), split="test")
+    return Preference(user(row["input"]), *(answers if better == 1 else answers[::-1]), split="test")
 
 
 def rewardbench(row: dict) -> Preference:
@@ -143,11 +158,10 @@ def pairs_psychocounsel(row: dict) -> Preference:
     speech = normalise(row["question"])
     if not speech:
         raise NoPair("empty")
-    scores = {role: {name: row[f"{role}_{name}_rating"] for name in PRINCIPLES} for role in ("chosen", "rejected")}
+    scores = {role: {name: whole(row[f"{role}_{name}_rating"]) for name in PRINCIPLES} for role in ("chosen", "rejected")}
     for rating in (*scores["chosen"].values(), *scores["rejected"].values()):
         if rating not in (1, 2, 3, 4, 5):
             raise NoPair("no rating of 1 to 5", str(rating))
-    scores = {role: {name: int(rating) for name, rating in ratings.items()} for role, ratings in scores.items()}
     return Preference(
         user(speech), row["chosen"], row["rejected"], label(row["chosen_model"]), label(row["rejected_model"]),
         scores["chosen"], scores["rejected"], speech=speech, topic=label(row.get("topic")), key=label(row.get("ID")),
@@ -175,12 +189,9 @@ def chosen_rejected(row: dict) -> Preference:
         prompt = []
     if not prompt:
         raise NoPair("no prompt")
-    split = label(row.get("split"))
-    if split not in (None, "train", "dev", "test"):
-        raise NoPair("unknown split", split)
     return Preference(
         prompt, last_text(row["chosen"]), last_text(row["rejected"]), label(row.get("chosen_model")), label(row.get("rejected_model")),
-        subset=label(row.get("subset")), split=split, topic=label(row.get("topic")), key=label(row.get("key")),
+        subset=label(row.get("subset")), split=own_side(row.get("split")), topic=label(row.get("topic")), key=label(row.get("key")),
     )  # fmt: skip
 
 

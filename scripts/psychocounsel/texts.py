@@ -16,8 +16,9 @@ REFERENCE = r"#\d+;|#x[0-9a-f]+;|[a-z][a-z0-9]*;|(?:amp|lt|gt|quot|nbsp)\b"
 OWN_ANGLE = re.compile(rf"<(?!{MARKUP})", re.IGNORECASE | re.DOTALL)
 OWN_AMPERSAND = re.compile(rf"&(?!{REFERENCE})", re.IGNORECASE)
 
-# Zero-width space, word joiner, byte-order mark, soft hyphen, direction marks. Joiners (U+200C, U+200D) stay: words and emoji need them.
-INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u200e\u200f]")
+# Control characters that are no white space, zero-width space, word joiner, byte-order mark, soft hyphen, marks of direction. Joiners
+# (U+200C, U+200D) stay: words and emoji need them.
+INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200b\u2060\ufeff\u00ad\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def normalise(text: str) -> str:

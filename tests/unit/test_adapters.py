@@ -29,6 +29,8 @@ def write_as(path, kind, rows):
             write_csv(path, rows)
         case "csv with a byte-order mark":
             write_csv(path, rows, "utf-8-sig")
+        case "csv with semicolons" | "csv with tabs":
+            pd.DataFrame(rows).to_csv(path, index=False, sep=";" if "semicolons" in kind else "\t")
         case "json":
             path.write_text(json.dumps(rows, indent=1))
         case "jsonl":
@@ -39,7 +41,9 @@ def write_as(path, kind, rows):
             pd.DataFrame(rows).to_parquet(path)
 
 
-@pytest.mark.parametrize("kind", ["csv", "csv with a byte-order mark", "json", "jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["csv", "csv with a byte-order mark", "csv with semicolons", "csv with tabs", "json", "jsonl", "jsonl.gz", "parquet"]
+)
 def test_generic_reads_every_format(tmp_path, kind):
     path = tmp_path / "raw"  # without an ending: the format is told by the content
     write_as(path, kind, ROWS)
@@ -108,7 +112,10 @@ def test_a_field_longer_than_the_csv_module_allows(tmp_path):
         (b'[{"text": "a"},\n{"text" "b"}]', ":2: broken JSON"),
         (b'["a"]', "entry 1 of the list is no object"),
         (b"text,topic\na,b\nc\n", ":3: this row has not as many fields as the header (2)"),
-        (b'text,topic\na,"b\n', "broken CSV"),
+        (b'text,topic\na,"b\n', ":2: broken CSV in the row that begins here"),
+        (b'text,topic\n"a\nb",c\n"d" e,f\n', ":4: broken CSV in the row that begins here"),
+        (b"text,topic,text\na,b,c\n", "several columns are named 'text'"),
+        (b"\n<!DOCTYPE html>\n<title>Sign in, please</title>\n", "a web page, not a table"),
         (b"text,topic\n", "no data rows"),
         (b"", "no data rows"),
         (b"\x1f\x8b broken", "broken gzip"),
@@ -149,6 +156,17 @@ def test_what_is_no_text_goes_to_the_side_file(tmp_path, monkeypatch):
     assert [row["source_row"] for row in dropped] == [2, 3, 4, 5, 6, 7]
     assert [row["reason"] for row in dropped] == ["empty"] * 4 + ["not a text"] * 2
     assert dropped[4]["detail"] == "int"
+
+
+def test_a_broken_letter_in_a_label_stops_nothing(tmp_path, monkeypatch):
+    (tmp_path / "raw").write_text('{"text": "Fine.", "topic": "grief \\ud83d"}\n')
+    kept, _ = run_read(tmp_path, monkeypatch, {"source": "mine", "adapter": "generic", "columns": {"text": "text", "topic": "topic"}})
+    assert kept[0]["topic_label"] == "grief ?"
+
+
+def test_a_quoted_name_in_the_header_does_not_choose_the_separator(tmp_path):
+    (tmp_path / "raw").write_text('"text; as it came; whole",topic\n"a; b",c\n')
+    assert read_table(tmp_path / "raw") == [{"text; as it came; whole": "a; b", "topic": "c"}]
 
 
 def test_no_text_at_all_is_an_error(tmp_path, monkeypatch, capsys):

@@ -272,6 +272,31 @@ def test_the_authors_pairs(preferences, tmp_path):
     assert len({pair["speech_id"] for pair in pairs}) == 1
 
 
+def test_numbers_of_a_csv_and_of_a_column_with_gaps(preferences, tmp_path):
+    """CSV has texts for numbers, a column with an empty cell has floats: both hold what the published Parquet holds."""
+    ratings = {f"{role}_{name}_rating": 5 - 2 * (role == "rejected") for role in ("chosen", "rejected") for name in PRINCIPLES}
+    row = {"ID": "1", "question": "I cannot sleep.", "chosen": "a", "rejected": "b", "chosen_model": "x", "rejected_model": "y"} | ratings
+    table = pd.DataFrame([row, row | {"rejected": "c", "chosen_safety_rating": None}, row | {"rejected": "d", "chosen_safety_rating": 4.5}])
+    table.to_csv(tmp_path / "csv", index=False)
+    table.to_parquet(tmp_path / "parquet")
+    pd.DataFrame([row]).to_parquet(tmp_path / "whole")
+    whole = preferences(None, "pairs_psychocounsel", raw=tmp_path / "whole")[0]
+    for kind in ("csv", "parquet"):
+        pairs, dropped = preferences(None, "pairs_psychocounsel", raw=tmp_path / kind)
+        assert pairs == whole
+        assert [d["reason"] for d in dropped] == ["no rating of 1 to 5"] * 2
+    pd.DataFrame([{"input": "Q", "output_1": "a", "output_2": "b", "label": 2}]).to_csv(tmp_path / "llmbar", index=False)
+    assert texts(preferences(None, "llmbar", raw=tmp_path / "llmbar")[0][0]) == ("b", "a")
+
+
+def test_sides_that_a_file_gives(preferences):
+    row = {"prompt": "Q", "rejected": "b"}
+    given = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test", None: "train"}
+    pairs, dropped = preferences([row | {"chosen": str(side), "split": side} for side in [*given, "holdout", ["train"]]], "chosen_rejected")
+    assert {texts(pair)[0]: pair["split"] for pair in pairs} == {str(side): ours for side, ours in given.items()}
+    assert [(d["reason"], d["detail"]) for d in dropped] == [("unknown split", "holdout"), ("unknown split", "['train']")]
+
+
 def test_own_files(preferences):
     rows = [
         {"question": "Q", "better": "a", "worse": "b"},

@@ -62,6 +62,7 @@ def test_own_signs_survive(words):
         ("it&#39;s &quot;me&quot; &amp; you", 'it\'s "me" & you'),
         ("&lt;p&gt;twice&lt;/p&gt; escaped", "twice escaped"),
         ("no\u00a0break\u2003space\r\n\tand\u200b zero\ufeff", "no break space and zero"),
+        ("con\x00trol\x1b \x9fsigns and \u202emarks\u2069\x85of lines", "control signs and marks of lines"),
         ("cafe\u0301", "café"),
         ("a <!-- hidden --> comment", "a comment"),
         ("<o:p>Word</o:p>", "Word"),
