@@ -72,7 +72,7 @@ class ReleaseSettings(Settings):
     labels: str = Field(description='how the preference labels came about: "made by …"')
     judge: str | None = Field(None, description="name of the judge of the responses; null where the labels came with published pairs")
     starts_at_pairs: bool = Field(False, description="whether the pairs were published before")
-    principles: dict[str, str] = Field(description="principle -> its name, in their order")
+    principles: list[tuple[str, str]] = Field(description="[[id, name]]: the principles, in their order")
     sources: list[Source] = Field(description="[{name, title, licence, address, allowed, reason, right}]: sources of the speeches")
     models: list[Model] = Field(
         [], description="[{name, title, id, licence, withheld}]: the pool; withheld: why its answers stay out, or null"
@@ -168,7 +168,7 @@ def release_configs(settings: ReleaseSettings) -> list[Config]:
     ratings = {
         f"{role}_{name}_rating": (whole, f"{title}, 1 to 5, of the {role} response")
         for role in ROLES
-        for name, title in settings.principles.items()
+        for name, title in settings.principles
     }
     published = {
         "ID": (text, "The client speech's id, as `speech_id`"),
@@ -207,7 +207,7 @@ def release_configs(settings: ReleaseSettings) -> list[Config]:
         "question": (text, "The client speech"),
         "response": (text, "The response"),
         "model": (text, "Model that gave it; see the table of models"),
-        **{f"{name}_rating": (whole, f"{title}, 1 to 5; empty where it was not rated") for name, title in settings.principles.items()},
+        **{f"{name}_rating": (whole, f"{title}, 1 to 5; empty where it was not rated") for name, title in settings.principles},
         "overall": (real, "Mean of the ratings"),
         "judge": (text, "As in `default`"),
         "request_key": (text, "SHA-256 of the request that was answered; empty where the pipeline did not ask"),
@@ -233,7 +233,7 @@ def published_row(speeches: dict[str, dict], settings: ReleaseSettings):
         speech = speeches[pair["speech_id"]]
         number = seen[pair["speech_id"]]
         seen[pair["speech_id"]] += 1
-        ratings = {f"{role}_{name}_rating": (pair[f"{role}_scores"] or {}).get(name) for role in ROLES for name in settings.principles}
+        ratings = {f"{role}_{name}_rating": (pair[f"{role}_scores"] or {}).get(name) for role in ROLES for name, _ in settings.principles}
         same = {key: pair[key] for key in ("pair_id", "speech_id", "chosen_id", "rejected_id", "chosen_model", "rejected_model", "gap")}
         answers = {role: pair[role][-1]["content"] for role in ROLES}
         about = {key: speech[key] for key in ("topic", "coarse_topic", "source")} | {"licence": licences[speech["source"]]}
@@ -273,7 +273,7 @@ def response_rows(run: Stage, speeches: dict[str, dict], why_not, facts: dict) -
             facts["models"][response["model"]] += 1
             facts["speeches"][response["speech_id"]] += 1
             same = {key: response[key] for key in ("response_id", "speech_id", "model", "request_key")}
-            rated = {f"{name}_rating": score["scores"].get(name) if score else None for name in settings.principles}
+            rated = {f"{name}_rating": score["scores"].get(name) if score else None for name, _ in settings.principles}
             rated |= {"overall": score["overall"] if score else None, "judge": settings.judge if score else None}
             about = {key: speech[key] for key in ("topic", "coarse_topic", "source")} | {"licence": licences[speech["source"]]}
             rows[speech["split"]].append(same | rated | about | {"question": speech["text"], "response": response["text"]})

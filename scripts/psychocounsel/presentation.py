@@ -302,7 +302,7 @@ class Presentation:
             labels=self.labels,
             judge=None if self.flow.starts_at_pairs else self.config["ratings"]["judge"],
             starts_at_pairs=self.flow.starts_at_pairs,
-            principles={p["id"]: p["name"] for p in self.study.principles},
+            principles=[(p["id"], p["name"]) for p in self.study.principles],  # a list keeps its order in the settings' JSON
             sources=[source(name) for name in self.flow.sources],
             models=[answerer(name) for name in self.flow.pool],
             min_gap=self.config["pairs"]["min_gap"],

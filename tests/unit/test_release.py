@@ -14,7 +14,7 @@ from programs import run_program, start_program
 from tests.fakes.micro_model import build_micro_model
 from tests.fakes.published_data import PRINCIPLES, RATINGS, published_rows, write_rows
 
-from psychocounsel.records import content_hash, dump_records, file_sha256, read_records
+from psychocounsel.records import canonical_json, content_hash, dump_records, file_sha256, read_records
 from write_release import LICENCES, combined_licence
 
 PUBLISHED = ["ID", "prefID", "question", "chosen", "rejected", "chosen_model", "rejected_model", *RATINGS]
@@ -26,7 +26,7 @@ SHUT = {"title": "Shut", "licence": "CC BY-NC-SA 4.0", "address": None, "allowed
 
 def program(name: str, *words: object, how=run_program, **settings) -> subprocess.CompletedProcess:
     """Run a program."""
-    return how(name, *words, "--settings", json.dumps(settings))
+    return how(name, *words, "--settings", canonical_json(settings))  # as rules write them
 
 
 def succeed(name: str, *words: object, **settings) -> None:
@@ -69,7 +69,7 @@ def release(run: Path, out: Path, **changes) -> Path:
         "note": "A demonstration.",
         "personal_data": "masked",
     }
-    told |= {"principles": {name: name.capitalize() for name in PRINCIPLES}, "sources": sources, "models": models}
+    told |= {"principles": [(name, name.capitalize()) for name in PRINCIPLES], "sources": sources, "models": models}
     succeed("write_release", *files, "--taxonomy", "config/taxonomy.yaml", "--out-dir", out, **told | changes)
     return out
 
@@ -309,7 +309,7 @@ def test_a_source_without_a_licence_is_refused(run, tmp_path):
         "labels": "l",
         "min_gap": 1,
         "personal_data": "masked",
-        "principles": {},
+        "principles": [],
         "sources": [{"name": "given-train", **OPEN}],
     }
     done = program("write_release", *files, "--taxonomy", "config/taxonomy.yaml", "--out-dir", tmp_path, **told)
