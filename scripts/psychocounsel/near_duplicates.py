@@ -6,6 +6,7 @@ sketches; a sort of each band finds the texts that share it, and Python touches 
 
 import multiprocessing
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +25,9 @@ CHUNK = 4096  # texts that are sketched at a time: some 20 MB of hashes
 PARALLEL = 8 * CHUNK  # so many texts are worth a process a core
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio, as in Fibonacci hashing: odd, so nothing is lost
 SHIFT = np.uint64(29)
+PLAIN = str.maketrans(
+    "\u2018\u2019\u201b\u00b4\u201c\u201d\u201e\u00ab\u00bb\u2010\u2011\u2012\u2013\u2014\u2212", "''''" + 5 * '"' + 6 * "-"
+)
 
 
 class NearDuplicateSettings(Settings):
@@ -175,9 +179,9 @@ def sketch_chunk(texts: list[str], shingle_chars: int, permutations: int, seed: 
 
 def shingle_hashes(texts: list[str], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the 64-bit hashes of all shingles of texts, one text after another, and where each text's end."""
-    folded = [text.casefold().ljust(size, "\0") for text in texts]  # so that a text that is too short has one shingle: itself
-    chars = np.frombuffer("".join(folded).encode("utf-32-le", "surrogatepass"), np.uint32)
-    lengths = np.array([len(text) for text in folded])
+    padded = [folded(text).ljust(size, "\0") for text in texts]  # so that a text that is too short has one shingle: itself
+    chars = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32)
+    lengths = np.array([len(text) for text in padded])
     windows = len(chars) - size + 1
     hashes = combined(chars[i : i + windows] for i in range(size))
     inside = np.ones(windows, bool)
@@ -203,9 +207,14 @@ def similarities(text: str, others: dict[int, str], shingle_chars: int) -> dict[
 
 
 def shingles(text: str, size: int) -> set[str]:
-    """Return all runs of `size` characters, upper and lower case being one; a shorter text is its own shingle."""
-    text = text.casefold()
+    """Return all runs of `size` characters of a folded text; a shorter text is its own shingle."""
+    text = folded(text)
     return {text[i : i + size] for i in range(max(1, len(text) - size + 1))}
+
+
+def folded(text: str) -> str:
+    """Return a text as it is compared: upper and lower case are one, and so are plain and typographic quotes, dashes, ellipses, widths."""
+    return text.casefold() if text.isascii() else unicodedata.normalize("NFKC", text.translate(PLAIN)).casefold()
 
 
 def jaccard(a: set[str], b: set[str]) -> float:

@@ -7,6 +7,7 @@ from psychocounsel.models import Part
 from psychocounsel.stage import log
 
 FALLBACK = "others"
+LISTED, LISTED_CHARS = 20, 30  # of unknown labels in a log
 
 
 class FineTopic(Part):
@@ -34,10 +35,16 @@ def labelled_topics(speeches: list[dict], topics: list[str], aliases: dict[str, 
 
 
 def unknown_labels(unlabelled: list[dict]) -> dict[str, int]:
-    """Return how many speeches have each label that is no topic and has no alias, with a warning for each."""
+    """Return how many speeches have each label that is no topic and has no alias, with a warning that names the most frequent."""
     unknown = Counter(speech["topic_label"] for speech in unlabelled if speech["topic_label"])
-    for label, count in sorted(unknown.items()):
-        log.warning("label %r of %d speeches is no topic and has no alias: another is chosen", label, count)
+    if unknown:
+        # Cut: where `columns` names the wrong one, these are no labels but a client's words.
+        listed = ", ".join(f"{label[:LISTED_CHARS]!r} of {count}" for label, count in unknown.most_common(LISTED))
+        more = f" and {len(unknown) - LISTED} labels more" if len(unknown) > LISTED else ""
+        log.warning(
+            "speeches with a label that is no topic and has no alias, which get another topic: %d (%s%s); see `aliases` in taxonomy.yaml",
+            unknown.total(), listed, more,
+        )  # fmt: skip
     return dict(unknown)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psychocounsel import near_duplicates
-from psychocounsel.near_duplicates import NearDuplicates, bands, find_near_duplicates, matches_between, shingle_hashes
+from psychocounsel.near_duplicates import NearDuplicates, bands, find_near_duplicates, folded, matches_between, shingle_hashes
 from psychocounsel.records import dump_records, read_records
 from psychocounsel.texts import speech_id
 from select_speeches import SelectSettings, drop_by_length, drop_over_limit, main
@@ -163,11 +163,20 @@ def test_hashes_stand_for_shingles(texts, size):
     assert ends[-1] == len(hashes)
     shingle_of = {}
     for text, start, end in zip(texts, starts, ends, strict=True):
-        own = {text.casefold()[i : i + size] for i in range(max(1, len(text.casefold()) - size + 1))}
+        own = {folded(text)[i : i + size] for i in range(max(1, len(folded(text)) - size + 1))}
         assert len(set(hashes[start:end].tolist())) == len(own)
         for i, value in enumerate(hashes[start:end].tolist()):
-            shingle = text.casefold().ljust(size, "\0")[i : i + size]
+            shingle = folded(text).ljust(size, "\0")[i : i + size]
             assert shingle_of.setdefault(value, shingle) == shingle
+
+
+def test_typographic_signs_hide_no_duplicate():
+    plain = "I can't sleep, I won't eat... it's all \"fine\" - so they say. I don't know; I'm tired - I'd like to talk, but who's there?"
+    typed = (
+        plain.replace("'", "\u2019").replace(' "', " \u201c").replace('" ', "\u201d ").replace(" - ", " \u2013 ").replace("...", "\u2026")
+    )
+    wide = "".join(chr(ord(letter) + 0xFEE0) if letter.isalpha() else letter for letter in plain)
+    assert find([plain, typed, wide, typed.upper()]).twin == {1: (0, 1.0), 2: (0, 1.0), 3: (0, 1.0)}
 
 
 def test_several_processes_give_the_same_sketches(monkeypatch):

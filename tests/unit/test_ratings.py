@@ -366,7 +366,7 @@ def test_the_judge_labels_the_others(monkeypatch, tmp_path, caplog):
     topics = label(monkeypatch, tmp_path, [None, "Knitting", "", "anxiety"], ["I drink alcohol.", "I am anxious.", "I knit.", "I drink."])
     assert [topics[n]["topic"] for n in range(4)] == ["substance-abuse", "anxiety", "others", "anxiety"]
     assert [topics[n]["judge"] for n in range(4)] == ["rubric", "rubric", "rubric", None]
-    assert "'Knitting' of 1 speeches" in caplog.text
+    assert "another topic: 1 ('Knitting' of 1); see" in caplog.text
     assert "anxious" not in caplog.text
 
 

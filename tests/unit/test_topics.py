@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from psychocounsel.config import load_study, merged, read_config
 from psychocounsel.embedding import embed
 from psychocounsel.errors import UserError
 from psychocounsel.records import check_manifest, dump_records, read_records
-from psychocounsel.topics import topics_by_label
+from psychocounsel.topics import topics_by_label, unknown_labels
 from psychocounsel.workflow import Workflow
 
 REGISTRY = yaml.safe_load(Path("config/taxonomy.yaml").read_text(encoding="utf-8"))
@@ -130,8 +131,19 @@ def test_labels_come_first_and_the_embedder_names_the_others(monkeypatch, tmp_pa
         ("sleep-improvement", "core", "embedding", "micro"),
         ("anxiety", "core", "embedding", "micro"),
     ]
-    assert "'Knitting' of 1 speeches" in caplog.text
+    assert "another topic: 1 ('Knitting' of 1); see" in caplog.text
     assert "sleep improvement" not in caplog.text
+
+
+def test_many_unknown_labels_are_one_warning_that_quotes_no_speech(caplog):
+    words = "I cannot sleep since my brother left us without a word."
+    labels = [words, words, words, *(f"label {n}" for n in range(99))]
+    counts = unknown_labels([{"topic_label": label} for label in [*labels, None, ""]])
+    assert counts == Counter(labels)
+    (warning,) = caplog.messages
+    assert "102 ('I cannot sleep since my brothe' of 3, 'label 0' of 1, " in warning
+    assert "and 80 labels more" in warning
+    assert "without a word" not in warning
 
 
 def test_nothing_is_loaded_where_all_have_labels(monkeypatch, tmp_path, embedder):
