@@ -89,6 +89,7 @@ def prepare(folder: Path, speeches: int, url: str) -> int:
     study = {
         "run": RUN,
         "title": "Benchmark: made-up speeches, a stub server's answers",
+        "note": "A benchmark: the speeches are made up, and a stub server answered in place of every model and of the judge.",
         "files": {"sources": ["config/sources.yaml", "sources.yaml"], "endpoints": "endpoints.yaml"},
         "source_cache": "raw",
         "split": {"test_speeches": max(1, 3291 * speeches // PAPER_SPEECHES)},

@@ -163,6 +163,7 @@ def plot_dataset(speeches: list[dict], topics: dict[str, str]) -> "Figure":
     by_topic.grid(axis="y", visible=False)
     lengths.hist([len(speech["text"]) for speech in speeches], bins=30, color=COLOURS[0])
     lengths.set(title="Length of a speech", xlabel="characters", ylabel="speeches")
+    show_counts(lengths.xaxis)
     show_counts(lengths.yaxis)
     return figure
 
