@@ -37,14 +37,17 @@ def main() -> None:
     args = parser.parse_args()
     try:
         files = [CONFIG, *args.configfile]
-        print(table(load_study(read_config(files), files), args.sources))
+        study = load_study(read_config(files), files)
+        print(table(study, args.sources))
+        if lacking := [] if args.sources else [name for name in speech_sources(study) if not file_of(study, name)]:
+            print(f"not at hand: {', '.join(lacking)}; PSYCHOCOUNSEL_SOURCES names the folder of raw files", file=sys.stderr)
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
 def table(study: Study, names: list[str]) -> str:
     """Return the table of counts in Markdown."""
-    speeches = [name for name, entry in study.sources.items() if entry["kind"] == "speeches"]
+    speeches = speech_sources(study)
     for name in names:
         if name not in speeches:
             raise UserError(f"no source of speeches {name!r}.{nearest_or_all(name, speeches)}")
@@ -63,6 +66,11 @@ def table(study: Study, names: list[str]) -> str:
     rows = [[name, *(f"{counted[column]:,}" for column in columns)] for name, counted in counts.items()]
     aligned = ["left"] + ["right"] * len(columns)
     return tabulate(rows, headers=["source", *columns], tablefmt="github", colalign=aligned, disable_numparse=True)
+
+
+def speech_sources(study: Study) -> list[str]:
+    """Return the names of all sources of client speeches."""
+    return [name for name, entry in study.sources.items() if entry["kind"] == "speeches"]
 
 
 def file_of(study: Study, name: str) -> Path | None:
