@@ -4,13 +4,15 @@ Given all rounds of a training up to one whose checkpoints have been read by all
 judged answers, the assessments. What stays is the best of them on the dev pairs, which may become the policy, and with keep_last the
 newest, from which a further round would go on. Of the others the manifest stays, with the sha256 of every file, and beside it the mark
 manifest.json.removed; so what was made from them can still be verified, and stages that would read them for nothing new adopt what they
-made before. The files go wherever the same model lies: in the results, in the trainings' resume folders, in the cache of outputs.
+made before. The files go wherever the same model lies: in the results, in the trainings' resume folders, in the cache of outputs. But
+those in the cache stay where another run that shares it has the model, too: they take no room of their own there, and it may adopt them.
 
     python scripts/remove_checkpoints.py --checkpoints dpo/iteration-1/checkpoints.json --round-scores dpo/iteration-1/dev_scores.json \\
         --resume-dirs work/dpo.1 --cache work/cache --out dpo/iteration-1/removed.json
 """
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import orjson
@@ -18,7 +20,7 @@ from pydantic import Field
 
 from psychocounsel.checkpoints import Checkpoint, add_round_arguments, best, read_rounds
 from psychocounsel.errors import UserError
-from psychocounsel.model_folders import remove_files
+from psychocounsel.model_folders import model_files, remove_files
 from psychocounsel.records import file_sha256
 from psychocounsel.stage import Settings, Stage, command_line, log, stage
 
@@ -60,11 +62,19 @@ def remove(run: Stage, checkpoint: Checkpoint) -> int:
         raise UserError(f"{checkpoint.manifest}: not there, or not the one in its list of checkpoints; train the round again")
     size = sum(facts["bytes"] for facts in orjson.loads(checkpoint.manifest.read_bytes())["files"].values())
     remove_files(checkpoint.manifest)
-    for kept in run.args.cache.glob("*/*/manifest.json"):
-        if file_sha256(kept) == checkpoint.sha256:
-            remove_files(kept)
     shutil.rmtree(run.args.resume_dirs[checkpoint.round] / f"model-{checkpoint.number}", ignore_errors=True)
+    kept = [manifest.parent for manifest in run.args.cache.glob("*/*/manifest.json") if file_sha256(manifest) == checkpoint.sha256]
+    if not linked_elsewhere(kept):
+        for folder in kept:
+            remove_files(folder / "manifest.json")
     return size
+
+
+def linked_elsewhere(models: list[Path]) -> bool:
+    """Say whether a file of these models, but for their manifests, has a hard link outside: in another run's results or trainings."""
+    files = [path.stat() for folder in models for path in model_files(folder)]
+    here = Counter(file.st_ino for file in files)
+    return any(file.st_nlink > here[file.st_ino] for file in files)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def main() -> None:
         base = pair_log_ratios(load_language_model(spec, weights), rows, tokenizer.pad_token_id, run.settings.batch_size)
         scores = []
         for checkpoint in checkpoints:
-            model = load_language_model(spec, run.model(checkpoint.manifest))
-            ratios = pair_log_ratios(model, rows, tokenizer.pad_token_id, run.settings.batch_size)
+            folder = run.model(checkpoint.manifest)
+            ratios = pair_log_ratios(load_language_model(spec, folder), rows, tokenizer.pad_token_id, run.settings.batch_size)
             scores.append({"manifest_sha256": checkpoint.sha256, **dev_score(ratios, base)})
             log.info("%s: accuracy %.3f, mean margin %.3f nats", checkpoint.manifest, scores[-1]["accuracy"], scores[-1]["mean_margin"])
         run.write_json(run.args.out, scores)

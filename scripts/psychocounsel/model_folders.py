@@ -9,9 +9,14 @@ from psychocounsel.records import MARK, REMOVED
 CODE_VERSION = 1  # copies bytes and changes none
 
 
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a model, without its manifest and what lies beside that."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("manifest.json"))
+
+
 def link_model(source: Path, target: Path) -> None:
     """Give a model's files a second place by hard links, or by copies where the file system wants that; the manifest stays behind."""
-    for file in sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("manifest.json")):
+    for file in model_files(source):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         link_file(file, place)

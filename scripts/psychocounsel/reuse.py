@@ -61,13 +61,22 @@ def find(folder: Path, outputs: list[Path]) -> dict | None:
     return entry
 
 
-def adopt(folder: Path, number: int, place: Path) -> None:
-    """Link one kept output to its place; of a model, the files without the manifest, or of a removed one the manifest and its mark."""
+def adopt(folder: Path, number: int, output: Path, place: Path) -> None:
+    """Link one kept output to a place from which it is moved to `output`: of a model the files without the manifest, or of one that was
+    removed here too the manifest and its mark.
+
+    Raises UserError where another run removes it meanwhile (the mark comes first): no part of a model is taken for the whole.
+    """
     kept = folder / str(number)
-    if kept.is_dir() and is_removed(kept / MODEL):
-        link_file(kept / MODEL, place / MODEL)
+    manifest = kept / MODEL
+    if is_removed(manifest) and is_removed(output):
+        link_file(manifest, place / MODEL)
         link_file(kept / REMOVED, place / REMOVED)
-    elif kept.is_dir():
-        link_model(kept, place)
-    else:
-        link_file(kept, place)
+        return
+    try:
+        (link_model if kept.is_dir() else link_file)(kept, place)
+        gone = is_removed(manifest)
+    except FileNotFoundError:
+        gone = True
+    if gone:
+        raise UserError(f"{kept}: another run removed it while it was being adopted; start the program again")

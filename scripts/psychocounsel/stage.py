@@ -186,7 +186,8 @@ class Stage:
         if os.environ.get("RANK", "0") != "0":
             sys.exit(0)  # of the processes of a distributed training the first alone writes
         for number, path in enumerate(outputs):
-            reuse.adopt(self.kept[0], number, self.output_model(path) if path.name == reuse.MODEL else self.output(path))
+            place = self.output_model(path) if path.name == reuse.MODEL else self.output(path)
+            reuse.adopt(self.kept[0], number, path, place)
         self.rows, self.facts = entry["rows"], entry["facts"] | {"adopted": True}
         log.info("an equal run has been here before: its outputs are adopted from %s", self.kept[0])
         return True

@@ -7,7 +7,7 @@ Source: Wang and Hegde, Accelerating Direct Preference Optimization with Prefix 
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -166,26 +166,37 @@ class PolicyTrainer(DPOTrainer):
         read = model(**model_inputs(batch, self.shared), shift_labels=labels, fused_lm_head=True, use_cache=False)
         return by_side(read.log_probs, sides, len(batch["pair"]))
 
-    def read_reference(self, store: Path) -> None:
-        """Read the reference's log-probabilities of all pairs once and give its memory back; `store` keeps them for a later start."""
-        if not store.is_file():
-            values = self._reference_values()
-            if not all(math.isfinite(value) for pair in values for value in pair):
+    def read_reference(self, store: Path, stopped: Callable[[], bool]) -> bool:
+        """Read the reference's log-probabilities of all pairs once and give its memory back; say whether all were read.
+
+        `store` keeps what was read for a later start; `stopped` says before each batch, to all processes alike, whether to leave.
+        """
+        values = orjson.loads(store.read_bytes()) if store.is_file() else [None] * len(self.rows)
+        if None in values:
+            values = self._reference_values(values, stopped)
+            if not all(math.isfinite(value) for pair in values if pair for value in pair):
                 raise UserError("the reference model gives log-probabilities that are no finite numbers: its weights are broken")
             if self.is_world_process_zero():
                 write_whole(store, orjson.dumps(values))
-            self.accelerator.wait_for_everyone()
-        self.reference = torch.tensor(orjson.loads(store.read_bytes()), device=self.args.device)
+        if None in values:
+            return False
+        self.reference = torch.tensor(values, device=self.args.device)
         self.ref_model = None
         self.accelerator.free_memory()
+        return True
 
-    def _reference_values(self) -> list[list[float]]:
-        """Return (chosen, rejected) of each pair, read in batches of like length by all processes together."""
+    def _reference_values(self, known: list[list[float] | None], stopped: Callable[[], bool]) -> list[list[float] | None]:
+        """Return (chosen, rejected) of each pair, read in batches of like length by all processes together, and None where stopped.
+
+        Batches that are known are not read again; the others hold the same pairs as they would have held without a stop.
+        """
         rows = self.rows
         order = sorted(range(len(rows)), key=lambda place: -sum(line_lengths(rows[place], self.shared)))
-        batches = micro_batches(order, self.args.per_device_train_batch_size)
+        batches = [batch for batch in micro_batches(order, self.args.per_device_train_batch_size) if known[batch[0]] is None]
         count, mine = self.args.world_size, []
         for number in range(0, len(batches), count):
+            if stopped():
+                break
             places = batches[min(number + self.args.process_index, len(batches) - 1)]  # every process reads as often as the others
             batch = self._prepare_inputs(self.data_collator([rows[place] for place in places]))
             with torch.no_grad(), self.compute_loss_context_manager(), self._as_reference() as model:
@@ -194,7 +205,7 @@ class PolicyTrainer(DPOTrainer):
             if (number // count) % 100 == 99:
                 log.info("reference: %d of %d batches", number + count, len(batches))
         found = {place: [chosen, rejected] for place, chosen, rejected in gather_object(mine)}
-        return [found[place] for place in range(len(rows))]
+        return [found.get(place, before) for place, before in enumerate(known)]
 
     @contextmanager
     def _as_reference(self) -> Iterator[PreTrainedModel]:

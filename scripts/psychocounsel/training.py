@@ -38,6 +38,7 @@ huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # trl would report th
 
 COME_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: start me again
 MARKER = "complete.json"  # of a checkpoint: the size of each of its files
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "inline_container.cc")  # the last where torch cannot write, and says no more
 EXPLODED = 100.0  # nats; a pair decided by a coin costs 0.69
 
 
@@ -173,7 +174,7 @@ def arguments(run: Stage, steps: int) -> dict:
         "train_sampling_strategy": "sequential",  # the rows come in training_order
         "learning_rate": recipe.learning_rate,
         "lr_scheduler_type": "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
-        "warmup_steps": math.ceil(recipe.warmup_ratio * steps),
+        "warmup_steps": int(recipe.warmup_ratio * steps),  # rounded down, or a training of one step would learn nothing
         "weight_decay": recipe.weight_decay,
         "bf16": recipe.precision == "bf16",
         "gradient_checkpointing": recipe.gradient_checkpointing,
@@ -249,9 +250,9 @@ def train(
 ) -> None:
     """Train to the end, from the newest checkpoint if there is one, and leave the models of the given steps in `work`.
 
-    SIGTERM (a scheduler's warning) saves a checkpoint and ends the program with code 75. `base` loads the start in float32 again, for
-    an adapter to be merged into. `first_loss` is what theory says of the first step's loss, checked within the number format's
-    tolerance.
+    SIGTERM (a scheduler's warning) saves a checkpoint, or what was read of the reference, and ends the program with code 75. `base`
+    loads the start in float32 again, for an adapter to be merged into. `first_loss` is what theory says of the first step's loss,
+    checked within the number format's tolerance.
     """
     at_once = trainer.args.per_device_train_batch_size * trainer.args.world_size
     pairs = trainer.args.max_steps * trainer.args.gradient_accumulation_steps * at_once
@@ -266,9 +267,15 @@ def train(
         check_processes(checkpoint, trainer.args.world_size if trainer.is_deepspeed_enabled else 0)
     before = signal.signal(signal.SIGTERM, watch.note_signal)
     try:
-        if isinstance(trainer, PolicyTrainer):
-            trainer.read_reference(work.reference)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not isinstance(trainer, PolicyTrainer) or trainer.read_reference(work.reference, watch.any_signalled):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if any(sign in str(error) for sign in DISK_FULL):
+            raise UserError(
+                f"{work.folder}: a checkpoint could not be written: the disk is full or your quota used up. Make room (docs/disk.md) and "
+                f"start the program again; it goes on from the last whole checkpoint ({str(error).splitlines()[0]})"
+            ) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     if trainer.state.global_step < trainer.args.max_steps:
@@ -334,7 +341,7 @@ class Watch(TrainerCallback):
             save_model(self.trainer, self.models[state.global_step], self.base)
         if state.global_step >= state.max_steps:
             control.should_save = False
-        elif self._any_signalled(args):
+        elif self.any_signalled():
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -365,11 +372,11 @@ class Watch(TrainerCallback):
                 f"the first loss is {loss}, not {self.first_loss:.4f}: policy and reference do not give equal log-probabilities"
             )
 
-    def _any_signalled(self, args: TrainingArguments) -> bool:
+    def any_signalled(self) -> bool:
         """Say whether any process got SIGTERM: they must all stop after the same step."""
-        if args.world_size == 1:
+        if self.trainer.args.world_size == 1:
             return self.signalled
-        flag = torch.tensor([float(self.signalled)], device=args.device)
+        flag = torch.tensor([float(self.signalled)], device=self.trainer.args.device)
         return bool(self.trainer.accelerator.reduce(flag, "sum").item())
 
 

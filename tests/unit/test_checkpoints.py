@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_training import SPEC, policy_training, program
 
-from psychocounsel import training
+from psychocounsel import reuse, training
 from psychocounsel.checkpoints import Checkpoint, best
 from psychocounsel.errors import UserError
 from psychocounsel.model_folders import link_model, remove_files
@@ -137,6 +137,49 @@ def test_a_training_whose_checkpoints_were_removed_is_adopted_in_its_place_alone
     assert set(state(trained).values()) == {"removed", "True"}
     assert [value for key, value in state(trained).items() if key.startswith("iteration-2")] == ["True"] * 3
     assert (trained / "p/iteration-2/checkpoints.json").read_bytes() == listed, "on a CPU the same bytes come again"
+
+
+def test_a_model_that_another_run_has_too_stays_in_the_cache_that_they_share(trained, data, monkeypatch):
+    other = second_round(data, trained / "other") | {"reuse": trained / "cache"}
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
+        assert program("train_policy", **other) == 0
+        assert program("remove_checkpoints", **removal(trained)) == 0
+        assert set(state(trained).values()) == {"removed", "True"}
+        shutil.rmtree(trained / "other/p")  # what it adopts once more is whole
+        assert program("train_policy", **other) == 0
+        assert set(state(trained / "other").values()) == {"True"}
+    shutil.rmtree(trained / "other")
+    assert program("remove_checkpoints", **removal(trained)) == 0
+    assert sorted(is_removed(manifest) for manifest in trained.glob("cache/*/*/manifest.json")) == [False, True, True]
+
+
+@pytest.mark.parametrize("step", ["before the files are linked", "while they are", "with the whole entry"])
+def test_an_entry_that_another_run_removes_meanwhile_is_not_adopted(step, trained, data, monkeypatch, capsys):
+    """Neither a part of a model as if it were whole, nor its mark where it was not removed."""
+    link, kept = reuse.link_model, sorted(trained.glob("cache/*/*/manifest.json"))
+
+    def link_model(source: Path, target: Path) -> None:
+        if step == "with the whole entry":
+            shutil.rmtree(source.parent)
+        elif step == "while they are":
+            (source / "model.safetensors").unlink()
+            (source / "manifest.json.removed").touch()
+        link(source, target)
+
+    def adopt(*words) -> None:
+        if step == "before the files are linked":
+            for manifest in kept:
+                remove_files(manifest)
+        adopts(*words)
+
+    adopts = reuse.adopt
+    monkeypatch.setattr(reuse, "link_model", link_model)
+    monkeypatch.setattr(reuse, "adopt", adopt)
+    other = second_round(data, trained / "other") | {"reuse": trained / "cache"}
+    assert program("train_policy", **other) == 1
+    assert "another run removed it while it was being adopted; start the program again" in capsys.readouterr().err
+    assert not list((trained / "other").rglob("manifest.json*"))
 
 
 def test_a_removed_model_that_is_needed_says_how_to_train_it_again(trained, data, capsys):

@@ -122,7 +122,7 @@ def test_a_policy_has_trls_loss_and_gradient(model_type, shared, base, tokenizer
     common = {"args": DPOConfig(**options(tmp_path), beta=0.5), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     references = [small(AutoModelForCausalLM, base, model_type, 5).eval() for _ in range(2)]
     trainer = PolicyTrainer(rows=rows, shared=shared, model=ours, ref_model=references[0], **common)
-    trainer.read_reference(tmp_path / "reference.json")
+    trainer.read_reference(tmp_path / "reference.json", lambda: False)
     rival = type("Rival", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset})(
         model=theirs, ref_model=references[1], **common
     )
@@ -141,8 +141,8 @@ def test_the_reference_is_read_once_and_let_go(base, tokenizer, tmp_path, monkey
         model, frozen = (small(AutoModelForCausalLM, base, "llama", 7) for _ in range(2))
         trainer = PolicyTrainer(rows=rows, shared=True, model=model, ref_model=frozen.eval(), **common)
         if not reads:
-            monkeypatch.setattr(trainer, "_reference_values", lambda: pytest.fail("read again"))
-        trainer.read_reference(store)
+            monkeypatch.setattr(trainer, "log_probs", lambda *_: pytest.fail("read again"))
+        assert trainer.read_reference(store, lambda: False)
         assert trainer.ref_model is None
         read.append(trainer.reference)
     assert torch.equal(*read)

@@ -68,6 +68,12 @@ def test_another_reference_is_used(policy, data, tmp_path):
     assert logged(tmp_path)[0]["rewards/margins"] > 0.5, "the start is far from this reference"
 
 
+def test_one_step_learns_under_warm_up_too(policy, data, tmp_path):
+    assert program("train_policy", **policy_training(data, tmp_path, 1, epochs=None, max_steps=1, warmup_ratio=0.1)) == 0
+    assert logged(tmp_path) == logged(policy)[:1]
+    assert file_sha256(tmp_path / "checkpoints/1/model.safetensors") != file_sha256(data / "base/model.safetensors")
+
+
 def test_a_policy_that_differs_from_its_reference_unawares_stops(data, tmp_path, monkeypatch):
     from psychocounsel import training
 

@@ -1,6 +1,8 @@
 """Trainings that are killed, wherever the kill lands, and end with the bytes of those that were not."""
 
+import itertools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -67,6 +69,34 @@ def test_sigterm_saves_and_the_next_start_ends_with_the_same_bytes(reward_model,
     assert program("train_reward_model", **reward_training(data, tmp_path)) == 0
     assert (tmp_path / "model/manifest.json").read_bytes() == (reward_model / "model/manifest.json").read_bytes()
     assert logged(tmp_path) == logged(reward_model)
+
+
+def reads_of_the_reference(monkeypatch, act) -> None:
+    """Call `act` with the number of each reading of the reference, from 1, after it."""
+    read, numbers = PolicyTrainer.log_probs, itertools.count(1)
+
+    def log_probs(self, model, batch):
+        found = read(self, model, batch)
+        if not torch.is_grad_enabled():
+            act(next(numbers))
+        return found
+
+    monkeypatch.setattr(PolicyTrainer, "log_probs", log_probs)
+
+
+def test_sigterm_while_the_reference_is_read_keeps_what_was_read(policy, data, tmp_path, monkeypatch):
+    read_later = []
+    with monkeypatch.context() as patch:
+        reads_of_the_reference(patch, lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == 2 else None)
+        assert program("train_policy", **policy_training(data, tmp_path)) == 75
+    assert [path.name for path in (tmp_path / "work").glob("*") if path.suffix == ".json"] == ["reference.json"]
+    assert orjson.loads((tmp_path / "work/reference.json").read_bytes()).count(None) == 21 - 2 * 4
+    with monkeypatch.context() as patch:
+        reads_of_the_reference(patch, read_later.append)
+        assert program("train_policy", **policy_training(data, tmp_path)) == 0
+    assert len(read_later) == 4, "21 pairs, 4 at once, less two batches"
+    assert (tmp_path / "checkpoints.json").read_bytes() == (policy / "checkpoints.json").read_bytes()
+    assert logged(tmp_path) == logged(policy)
 
 
 # --- kill -9 while files are written
@@ -257,6 +287,21 @@ def test_a_torn_checkpoint_of_a_real_training_is_passed_over(policy, data, tmp_p
     assert program("train_policy", **policy_training(data, tmp_path)) == 0
     assert (tmp_path / "checkpoints.json").read_bytes() == (policy / "checkpoints.json").read_bytes()
     assert logged(tmp_path) == logged(policy)
+
+
+def test_a_disk_that_is_full_is_told_and_the_training_goes_on_when_there_is_room(reward_model, data, tmp_path, capsys):
+    """A limit on the size of files lets the weights be written, and not the optimizer's state, which is twice as large."""
+    weights, limits = (data / "base/model.safetensors").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(1.3 * weights), limits[1]))
+    try:
+        assert program("train_reward_model", **reward_training(data, tmp_path)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err
+    assert f"error: {tmp_path / 'work'}: a checkpoint could not be written: the disk is full" in told
+    assert "Traceback" not in told
+    assert program("train_reward_model", **reward_training(data, tmp_path)) == 0
+    assert (tmp_path / "model/manifest.json").read_bytes() == (reward_model / "model/manifest.json").read_bytes()
 
 
 # --- iterative DPO: each iteration samples from the model of the one before
