@@ -168,7 +168,21 @@ def load_reward_model(spec: ModelSpec, weights: Path | None, pad_id: int) -> Pre
     text_config = model.config.get_text_config()
     if text_config.pad_token_id is None:
         text_config.pad_token_id = pad_id
+    if hasattr(model, "score") and model.score.weight.device.type != "meta":  # one that is kept off the GPUs comes as it is
+        read_in_float32(model.score)
     return model.eval()
+
+
+def read_in_float32(head: torch.nn.Linear) -> None:
+    """Let a head give its output in float32 whatever the arithmetic before it: rewards in bf16 lie up to 1 % apart, so that similar
+    answers would tie."""
+    plain = head.float().forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return plain(hidden.float())
+
+    head.forward = forward
 
 
 def for_reading() -> dict:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from toy_training import SPEC, program, toy_pair
+from transformers import AutoModelForSequenceClassification
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from psychocounsel import rewards
@@ -97,6 +98,18 @@ def test_training_and_scoring_read_the_same_reward(classifier, tokenizer):
 def test_the_reward_is_read_at_the_last_token(classifier, tokenizer, conversations):
     hidden = classifier.model(torch.tensor([conversations[0]])).last_hidden_state[0, -1]
     assert classifier.score(hidden).item() == pytest.approx(rewards.rewards(classifier, SPEC, conversations[:3], 0, 3)[0], abs=1e-4)
+
+
+def test_bf16_before_the_head_makes_no_ties(reward_model, tokenizer, conversations):
+    """As on GPUs, where rewards are read under autocast; numbers of bf16 lie 1/128 apart here."""
+    reading = {"spec": SPEC, "sequences": conversations, "pad_id": tokenizer.pad_token_id, "batch_size": 4}
+    exact = rewards.rewards(AutoModelForSequenceClassification.from_pretrained(reward_model / "model").eval(), **reading)
+    model = rewards.load_reward_model(SPEC, reward_model / "model", tokenizer.pad_token_id)
+    assert rewards.rewards(model, **reading) == pytest.approx(exact, abs=1e-6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        read = [model(torch.tensor([ids])).logits.item() for ids in conversations]
+    assert read == pytest.approx(exact, abs=2e-3)
+    assert len(set(read)) == len(conversations)
 
 
 def test_a_spoken_reward_is_the_logit_of_token_0_at_the_first_place(data, tokenizer):
