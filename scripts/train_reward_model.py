@@ -78,6 +78,7 @@ def main() -> None:
             )  # fmt: skip
             training.train(trainer, work, [steps], start)
             del model, trainer
+            trainers.free_memory()  # the saved model is read next
         training.first_process_only()
         link_model(work.models[0], run.output_model(run.args.out))
         run.write_json(run.args.log, [*work.entries(), dev_entry(work.models[0], spec, recipe, dev)])

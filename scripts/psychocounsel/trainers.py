@@ -5,8 +5,10 @@ itself, at the places that it has in its own conversation, so that losses and gr
 Source: Wang and Hegde, Accelerating Direct Preference Optimization with Prefix Sharing (arXiv 2410.20305). Import it inside main().
 """
 
+import gc
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,6 +185,7 @@ class PolicyTrainer(DPOTrainer):
         self.reference = torch.tensor(values, device=self.args.device)
         self.ref_model = None
         self.accelerator.free_memory()
+        free_memory()
         return True
 
     def _reference_values(self, known: list[list[float] | None], stopped: Callable[[], bool]) -> list[list[float] | None]:
@@ -231,6 +234,14 @@ class PolicyTrainer(DPOTrainer):
         add_metrics(self, metrics | {"logps/chosen": chosen, "logps/rejected": rejected})
         loss = -logsigmoid(margin).mean()
         return (loss, {"log_probs": (chosen, rejected)}) if return_outputs else loss
+
+
+def free_memory() -> None:
+    """Give back the memory of models that are no longer named: circles of references hold them, and ZeRO-3's list of modules."""
+    if parameter_offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
+        parameter_offload.FWD_MODULE_STACK.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def add_metrics(trainer: RewardTrainer | DPOTrainer, by_pair: dict[str, torch.Tensor]) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
 from toy_training import SPEC, logged, policy_training, program, reward_training, toy_pair
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from psychocounsel import rewards
+from psychocounsel import rewards, training
 from psychocounsel.errors import UserError
 from psychocounsel.records import check_manifest, file_sha256, read_records
 
@@ -45,6 +46,31 @@ def test_the_first_dpo_loss_is_ln_2_and_checkpoints_are_whole_models(policy):
     assert len({entry["manifest_sha256"] for entry in listed}) == 3
 
 
+def watched(monkeypatch) -> list[weakref.ref]:
+    """References to the models from which trainings start; they do not keep them."""
+    load, loaded = training.start_model, []
+
+    def start_model(*arguments: object, **options: object):
+        model = load(*arguments, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(training, "start_model", start_model)
+    return loaded
+
+
+def test_the_trained_model_is_let_go_before_the_saved_one_is_read(data, tmp_path, monkeypatch):
+    """Both, with the optimizer's state, would not fit on a GPU."""
+    loaded, read = watched(monkeypatch), rewards.load_reward_model
+
+    def load_reward_model(*arguments: object):
+        assert [model() for model in loaded] == [None]
+        return read(*arguments)
+
+    monkeypatch.setattr(rewards, "load_reward_model", load_reward_model)
+    assert program("train_reward_model", **reward_training(data, tmp_path, epochs=None, max_steps=1)) == 0
+
+
 @pytest.mark.parametrize("name", ["train_reward_model", "train_policy"])
 def test_the_size_of_the_batches_changes_no_step(name, reward_model, policy, data, tmp_path):
     build, whole = {"train_reward_model": (reward_training, reward_model), "train_policy": (policy_training, policy)}[name]
@@ -75,8 +101,6 @@ def test_one_step_learns_under_warm_up_too(policy, data, tmp_path):
 
 
 def test_a_policy_that_differs_from_its_reference_unawares_stops(data, tmp_path, monkeypatch):
-    from psychocounsel import training
-
     load, loaded = training.start_model, []
 
     def second_differs(*arguments: object, **options: object):
@@ -110,32 +134,28 @@ def test_a_training_that_explodes_stops_with_a_message(data, tmp_path, capsys):
     ],
 )
 def test_processes_and_gpus_must_go_together(monkeypatch, variables, seen, message):
-    from psychocounsel.training import devices
-
     for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     if isinstance(message, int):
-        assert devices() == message
+        assert training.devices() == message
     else:
         with pytest.raises(UserError, match=message):
-            devices()
+            training.devices()
 
 
 @pytest.mark.parametrize(("saved", "now", "fits"), [(0, 0, True), (4, 4, True), (4, 8, False), (4, 0, False), (0, 4, False)])
 def test_a_checkpoint_goes_on_in_as_many_processes_of_deepspeed_as_saved_it(tmp_path, saved, now, fits):
-    from psychocounsel.training import check_processes
-
     (tmp_path / "checkpoint-2/global_step2").mkdir(parents=True)
     for rank in range(saved):
         (tmp_path / f"checkpoint-2/global_step2/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     if fits:
-        check_processes(tmp_path / "checkpoint-2", now)
+        training.check_processes(tmp_path / "checkpoint-2", now)
     else:
         with pytest.raises(UserError, match="give the training as many GPUs as before"):
-            check_processes(tmp_path / "checkpoint-2", now)
+            training.check_processes(tmp_path / "checkpoint-2", now)
 
 
 def test_a_batch_that_does_not_divide_is_refused(data, tmp_path, capsys):
@@ -161,8 +181,8 @@ def test_prompts_without_room_are_dropped_and_counted(data, tokenizer, tmp_path)
 
 
 def test_the_seed_draws_the_head(data):
-    from psychocounsel.training import start_model
-
-    heads = [start_model(AutoModelForSequenceClassification, SPEC, data / "base", seed, num_labels=1).score.weight for seed in (1, 1, 2)]
+    heads = [
+        training.start_model(AutoModelForSequenceClassification, SPEC, data / "base", seed, num_labels=1).score.weight for seed in (1, 1, 2)
+    ]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
