@@ -285,6 +285,7 @@ def train(
     if trainer.is_world_process_zero():
         work.finish([log_entry(entry) for entry in trainer.state.log_history if "loss" in entry])
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
     unset_hf_deepspeed_config()  # or models loaded from here on would be spread by ZeRO-3 over processes that have ended
 

@@ -1,8 +1,10 @@
 """Runs a training program that gets a signal in a step: python signalled.py TERM 3 scripts/train_policy.py --pairs …
 
-Of a distributed training the launcher gets it, as from a scheduler; its processes go on once it has handed it on.
+Of a distributed training the launcher gets it, as from a scheduler; its processes go on once it has handed it on. Before, each tells how
+many models it holds.
 """
 
+import gc
 import os
 import runpy
 import signal
@@ -19,6 +21,8 @@ number, in_step = signal.Signals[f"SIG{sys.argv[1]}"], int(sys.argv[2])
 
 def on_step_begin(self, args, state, control, **_):
     if state.global_step + 1 == in_step:
+        held = sum(type(one).__name__.endswith("ForCausalLM") for one in gc.get_objects())
+        print(f"models in memory: {held}", file=sys.stderr, flush=True)
         rank = os.environ.get("RANK")
         if rank in (None, "0"):
             os.kill(os.getpid() if rank is None else os.getppid(), number)

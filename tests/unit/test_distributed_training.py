@@ -68,6 +68,7 @@ def test_two_processes_train_a_policy_as_one_does_after_sigterm_too(deepspeed, p
     stopped = subprocess.run(shell([str(SIGNALLED), "TERM", "3", *words]), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert stopped.returncode != 0
     assert "SIGTERM: saved at step 3 of 6" in stopped.stderr, stopped.stderr[-4000:]
+    assert stopped.stderr.count("models in memory: 1") == 2, "the reference has been let go"
     assert "going on from" in run(shell(words) if deepspeed else [sys.executable, *words])
     assert_as_alone(policy, tmp_path, "checkpoints/3")
 

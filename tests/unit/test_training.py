@@ -3,6 +3,7 @@
 import json
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -181,8 +182,7 @@ def test_prompts_without_room_are_dropped_and_counted(data, tokenizer, tmp_path)
 
 
 def test_the_seed_draws_the_head(data):
-    heads = [
-        training.start_model(AutoModelForSequenceClassification, SPEC, data / "base", seed, num_labels=1).score.weight for seed in (1, 1, 2)
-    ]
+    draw = partial(training.start_model, AutoModelForSequenceClassification, SPEC, data / "base", num_labels=1)
+    heads = [draw(seed=seed).score.weight for seed in (1, 1, 2)]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
