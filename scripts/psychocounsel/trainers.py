@@ -183,6 +183,8 @@ class PolicyTrainer(DPOTrainer):
         if None in values:
             return False
         self.reference = torch.tensor(values, device=self.args.device)
+        if self.ref_model is not None:
+            empty(self.ref_model)
         self.ref_model = None
         self.accelerator.free_memory()
         free_memory()
@@ -234,6 +236,13 @@ class PolicyTrainer(DPOTrainer):
         add_metrics(self, metrics | {"logps/chosen": chosen, "logps/rejected": rejected})
         loss = -logsigmoid(margin).mean()
         return (loss, {"log_probs": (chosen, rejected)}) if return_outputs else loss
+
+
+def empty(model: torch.nn.Module) -> None:
+    """Give back the memory of a model's weights, though DeepSpeed goes on naming the model: its caches are never cleared."""
+    for parameter in model.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):  # the latter is a process's share by ZeRO-3
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def free_memory() -> None:

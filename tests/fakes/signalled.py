@@ -21,8 +21,9 @@ number, in_step = signal.Signals[f"SIG{sys.argv[1]}"], int(sys.argv[2])
 
 def on_step_begin(self, args, state, control, **_):
     if state.global_step + 1 == in_step:
-        held = sum(type(one).__name__.endswith("ForCausalLM") for one in gc.get_objects())
-        print(f"models in memory: {held}", file=sys.stderr, flush=True)
+        models = [one for one in gc.get_objects() if type(one).__name__.endswith("ForCausalLM")]
+        weights = [sum(p.numel() + getattr(p, "ds_tensor", p).numel() for p in model.parameters()) for model in models]
+        print(f"models in memory: {sum(map(bool, weights))}", file=sys.stderr, flush=True)
         rank = os.environ.get("RANK")
         if rank in (None, "0"):
             os.kill(os.getpid() if rank is None else os.getppid(), number)
