@@ -20,7 +20,7 @@ if has_site:
 
 onstart:  # of the driver alone, whatever the profile, and not of a dry run
     if unpinned and not config["allow_unpinned"]:
-        raise WorkflowError(f"names of this run that are not pinned: {len(unpinned)}; they are listed above, with what to do")
+        raise WorkflowError(f"names of this run are not pinned: the {len(unpinned)} that are listed above, with what to do")
     if workflow.executor_plugin.name == "slurm" and not has_site:
         raise WorkflowError("--default-resources replaces those of profiles/slurm: add slurm=1 to it, or no site file is applied")
     try:

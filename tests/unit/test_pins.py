@@ -38,7 +38,7 @@ SOURCES = {
     "small": {"hub": {"repository": "org/set", "path": "small.csv"}, "revision": commit("b")},
     "moved": {"hub": {"repository": "org/set", "path": "gone.csv"}},
     "own": {"file": "own/file.csv", "gated": True, "access": "Sign in there and take it."},
-    "known": {"hub": {"repository": "org/other", "path": "a.csv"}, "revision": commit("8"), "sha256": "7" * 64},
+    "settled": {"hub": {"repository": "org/other", "path": "a.csv"}, "revision": commit("8"), "sha256": "7" * 64},
 }
 
 
