@@ -305,7 +305,7 @@ class Meter:
     def time_reference(self, store: Path, pairs: int) -> None:
         """Let our trainer read its reference, and add the timed steps' share of it."""
         clock, cpu_clock = self.now(), time.process_time()
-        self.trainer.read_reference(store)
+        self.trainer.read_reference(store, stopped=lambda: False)
         timed_pairs = self.timed_steps * self.trainer.args.train_batch_size * self.trainer.args.gradient_accumulation_steps
         self.reference, self.cpu_reference = (
             seconds * timed_pairs / pairs for seconds in (self.now() - clock, time.process_time() - cpu_clock)
